@@ -1,0 +1,79 @@
+"""Train one network, deploy it at every size.
+
+The public names below are loaded when first used, so `import supple` stays fast and needs
+no PyTorch. One exception: `supple.technique` is the function that looks a technique up,
+although the file `supple/technique.py` exists. Import from that module with
+`from supple.technique import register`, never with `import supple.technique as ...`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from supple.technique import technique, techniques
+
+if TYPE_CHECKING:
+    from supple.axes.depth import Depth
+    from supple.axes.heads import Heads
+    from supple.axes.resolution import Resolution
+    from supple.axes.width import Width
+    from supple.cost.measure import measure
+    from supple.deploy.export import export
+    from supple.network import elastic
+    from supple.space import Config, Space
+    from supple.storage import load, save
+    from supple.study.pareto import pareto
+    from supple.training.loop import train
+    from supple.training.recalibrate import recalibrate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "Depth",
+    "Heads",
+    "Resolution",
+    "Space",
+    "Width",
+    "__version__",
+    "elastic",
+    "export",
+    "load",
+    "measure",
+    "pareto",
+    "recalibrate",
+    "save",
+    "technique",
+    "techniques",
+    "train",
+]
+
+_HOME = {
+    "Config": "supple.space",
+    "Depth": "supple.axes.depth",
+    "Heads": "supple.axes.heads",
+    "Resolution": "supple.axes.resolution",
+    "Space": "supple.space",
+    "Width": "supple.axes.width",
+    "elastic": "supple.network",
+    "export": "supple.deploy.export",
+    "load": "supple.storage",
+    "measure": "supple.cost.measure",
+    "pareto": "supple.study.pareto",
+    "recalibrate": "supple.training.recalibrate",
+    "save": "supple.storage",
+    "train": "supple.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'supple' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,234 @@
+"""What an axis is: it finds its sites in a graph and says what each choice changes.
+
+`at`, `extract` and the costs all read the same `Patch`, so an axis has no slicer, extractor or
+cost of its own. A new axis is one class:
+
+    @dataclass(frozen=True)
+    class Bits(Axis):
+        name = "bits"
+
+        def sites(self, graph): ...
+        def patch(self, site, choice): ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from supple.errors import SettingError
+from supple.graph.couple import Graph, Group
+from supple.graph.dims import Atom
+from supple.graph.integers import AttributeKey
+from supple.space import Site
+
+__all__ = [
+    "Axis",
+    "GroupAxis",
+    "GroupSite",
+    "Inputs",
+    "Patch",
+    "Reshaped",
+    "check_choices",
+    "choices_of",
+    "group_sites",
+    "merge",
+    "selected",
+]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a choice changes in a network.
+
+    Attributes:
+        sizes: Size of every dimension atom that shrinks; parameters and buffers are sliced to
+            it, and the integers that the code computes with follow.
+        tensors: For a parameter name, a differentiable transform of its (sliced) value.
+        attributes: Values of integers stored on modules.
+        modules: For a module path, the module that stands in its place.
+        dropped: Paths of blocks that are left out of their containers.
+        inputs: A transform of the network's inputs, `(args, kwargs) -> (args, kwargs)`.
+    """
+
+    sizes: Mapping[Atom, int] = field(default_factory=dict)
+    tensors: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    attributes: Mapping[AttributeKey, int] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None
+
+    @property
+    def structural(self) -> bool:
+        """Whether it changes which operators run, not only their sizes."""
+        return bool(self.modules) or self.inputs is not None
+
+
+def merge(patches: Iterable[Patch]) -> Patch:
+    """All patches of a config as one."""
+    sizes: dict[Atom, int] = {}
+    tensors: dict[str, Callable[[Tensor], Tensor]] = {}
+    attributes: dict[AttributeKey, int] = {}
+    modules: dict[str, nn.Module] = {}
+    dropped: set[str] = set()
+    inputs = None
+    for patch in patches:
+        sizes.update(patch.sizes)
+        attributes.update(patch.attributes)
+        modules.update(patch.modules)
+        dropped.update(patch.dropped)
+        for name, transform in patch.tensors.items():
+            tensors[name] = _then(tensors.get(name), transform)
+        if patch.inputs is not None:
+            inputs = patch.inputs if inputs is None else _both(inputs, patch.inputs)
+    return Patch(sizes, tensors, attributes, modules, frozenset(dropped), inputs)
+
+
+def _then(
+    first: Callable[[Tensor], Tensor] | None, second: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    if first is None:
+        return second
+    return lambda tensor: second(first(tensor))
+
+
+def _both(first: Callable[..., Inputs], second: Callable[..., Inputs]) -> Callable[..., Inputs]:
+    return lambda args, kwargs: second(*first(args, kwargs))
+
+
+class Reshaped(nn.Module):
+    """A network whose inputs are changed first (scaled, say), as the size it stands for asks."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.inputs = inputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.inputs(args, kwargs)
+        return self.network(*args, **kwargs)
+
+
+class Axis(ABC):
+    """A way in which a network can vary.
+
+    Attributes:
+        name: The axis's name; its sites carry it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def sites(self, graph: Graph) -> Sequence[Site]:
+        """The places of the graph where this axis applies, each with its choices."""
+
+    @abstractmethod
+    def patch(self, site: Site, choice: int) -> Patch:
+        """What `choice` at `site` changes; for the full choice, an empty patch."""
+
+    def paths(self, site: Site) -> tuple[str, ...]:
+        """Paths of the modules that the site concerns; it exists while one of them runs.
+
+        An empty tuple means the whole network.
+        """
+        return ()
+
+
+@dataclass(frozen=True)
+class GroupSite(Site):
+    """A site that shrinks one group of coupled dimensions."""
+
+    group: Group | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def coupled(self) -> Group:
+        """The group of dimensions that this site shrinks."""
+        assert self.group is not None
+        return self.group
+
+
+class GroupAxis(Axis):
+    """An axis whose sites are groups of coupled dimensions (width, heads)."""
+
+    def patch(self, site: Site, choice: int) -> Patch:
+        if not isinstance(site, GroupSite) or choice == site.full:
+            return Patch()
+        return Patch(sizes=site.coupled.sizes(choice))
+
+    def paths(self, site: Site) -> tuple[str, ...]:
+        assert isinstance(site, GroupSite)
+        return tuple(dict.fromkeys(n.rpartition(".")[0] for n, _ in site.coupled.members))
+
+
+def group_sites(
+    axis: str,
+    groups: Iterable[Group],
+    choices: Sequence[int | float] | None,
+    divisor: int,
+) -> list[Site]:
+    """Sites for groups of coupled dimensions, with choices rounded to what is possible."""
+    sites: list[Site] = []
+    for group in groups:
+        offered = choices_of(group.full, group.unit, choices, divisor)
+        if len(offered) > 1:
+            sites.append(GroupSite(group.name, axis, offered, group.full, group=group))
+    return sites
+
+
+def choices_of(
+    full: int, unit: int, wanted: Sequence[int | float] | None, divisor: int
+) -> tuple[int, ...]:
+    """Sizes on offer for something of size `full`.
+
+    Args:
+        full: The full size; always on offer.
+        unit: Sizes must be multiples of this.
+        wanted: Fractions in (0, 1] (floats) or absolute sizes (integers, larger ones than
+            `full` ignored); None for every multiple of `unit`.
+        divisor: Fractions are rounded to multiples of this where the full size is at least
+            eight times as large and divisible by it.
+
+    Returns:
+        Ascending sizes, the last one `full`.
+    """
+    if wanted is None:
+        return tuple(range(unit, full + 1, unit))
+    step = unit
+    if divisor > unit and divisor % unit == 0 and full % divisor == 0 and full >= 8 * divisor:
+        step = divisor
+    sizes = {full}
+    for choice in wanted:
+        if isinstance(choice, float):
+            sizes.add(min(full, max(step, round(choice * full / step) * step)))
+        elif choice <= full and choice % unit == 0:
+            sizes.add(choice)
+    return tuple(sorted(sizes))
+
+
+def check_choices(axis: str, choices: Sequence[int | float] | None) -> None:
+    """Raise a `SettingError` unless every choice is a fraction in (0, 1] or a positive integer."""
+    for choice in choices or ():
+        good = isinstance(choice, int | float) and not isinstance(choice, bool)
+        if not good or choice <= 0 or (isinstance(choice, float) and choice > 1):
+            raise SettingError(
+                f"choices of {axis} must be fractions in (0, 1] or positive integers, "
+                f"got {choice!r}"
+            )
+    if choices is not None and not choices:
+        raise SettingError(f"choices of {axis} must not be empty; None offers every size")
+
+
+def selected(name: str, where: str | None) -> bool:
+    """Whether a site's name matches the pattern (shell style; None matches all)."""
+    return where is None or fnmatchcase(name, where)

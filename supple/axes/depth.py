@@ -1,0 +1,109 @@
+"""Depth: how many residual blocks of a stack run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from supple.axes.base import Axis, Patch, check_choices, choices_of, selected
+from supple.errors import SettingError
+from supple.graph.blocks import Stack
+from supple.graph.couple import Graph
+from supple.space import Site
+
+__all__ = ["Depth"]
+
+PATTERNS = ("prefix", "even", "any")
+
+
+@dataclass(frozen=True)
+class DepthSite(Site):
+    """A site that leaves blocks of one stack out.
+
+    With a `block` the site is that block (0 leaves it out, 1 keeps it); without, its choice is
+    the number of blocks that stay.
+    """
+
+    stack: Stack | None = field(default=None, compare=False, repr=False)
+    block: int | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Depth(Axis):
+    """Makes the number of residual blocks of every stack elastic.
+
+    Args:
+        choices: Block counts on offer per stack, counting the blocks that can be left out:
+            fractions (floats in (0, 1]) or counts (integers). None offers every count.
+        pattern: Which blocks stay: the first ones (`prefix`), evenly spaced ones, the first
+            and last among them (`even`), or any (`any`: each block is a site of its own).
+        where: Only stacks whose container's path matches this shell-style pattern.
+
+    Raises:
+        SettingError: The pattern is unknown, or a choice is not a fraction or a count.
+
+    Example:
+        >>> Depth(pattern="even").pattern
+        'even'
+    """
+
+    choices: tuple[int | float, ...] | None = None
+    pattern: str = "prefix"
+    where: str | None = None
+    name: ClassVar[str] = "depth"
+
+    def __post_init__(self) -> None:
+        if self.choices is not None:
+            object.__setattr__(self, "choices", tuple(self.choices))
+        check_choices(self.name, self.choices)
+        if self.pattern not in PATTERNS:
+            raise SettingError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
+
+    def sites(self, graph: Graph) -> Sequence[Site]:
+        sites: list[Site] = []
+        seen: dict[str, int] = {}
+        for stack in graph.stacks:
+            if not selected(stack.container, self.where):
+                continue
+            count = seen[stack.container] = seen.get(stack.container, 0) + 1
+            base = f"{stack.container}.depth" if stack.container else "depth"
+            label = base if count == 1 else f"{base}#{count}"
+            sites.extend(self._of_stack(stack, label))
+        return sites
+
+    def _of_stack(self, stack: Stack, label: str) -> list[Site]:
+        full = len(stack.blocks)
+        if self.pattern == "any":
+            return [
+                DepthSite(f"{stack.path(b)}.keep", self.name, (0, 1), 1, stack=stack, block=b)
+                for b in stack.blocks
+            ]
+        counts = set(choices_of(full, 1, self.choices, 1)) if self.choices else {*range(full)}
+        counts = {n for n in counts if n >= stack.least} | {full}
+        if self.choices is None and stack.least == 0:
+            counts.add(0)
+        offered = tuple(sorted(counts))
+        return [DepthSite(label, self.name, offered, full, stack=stack)] if offered[1:] else []
+
+    def patch(self, site: Site, choice: int) -> Patch:
+        assert isinstance(site, DepthSite) and site.stack is not None
+        stack = site.stack
+        if site.block is not None:
+            kept = set(stack.blocks) - ({site.block} if choice == 0 else set())
+        else:
+            kept = self._kept(stack, choice)
+        return Patch(dropped=frozenset(stack.path(b) for b in stack.blocks if b not in kept))
+
+    def _kept(self, stack: Stack, count: int) -> set[int]:
+        blocks = stack.blocks
+        if self.pattern == "prefix" or count in (0, len(blocks)):
+            return set(blocks[:count])
+        if count == 1:
+            return {blocks[0]}
+        last = len(blocks) - 1
+        return {blocks[round(i * last / (count - 1))] for i in range(count)}
+
+    def paths(self, site: Site) -> tuple[str, ...]:
+        assert isinstance(site, DepthSite) and site.stack is not None
+        return (site.stack.container,)

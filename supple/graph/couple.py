@@ -1,0 +1,340 @@
+"""From a recorded run to the groups of dimensions that shrink together.
+
+`analyse` records a model, propagates the dimension algebra through the recorded calls and sorts
+what it finds into groups (what an axis can offer), residual stacks, and what is fixed and why.
+Nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any
+
+import torch
+from torch import nn
+
+from supple.graph.blocks import Stack, find_stacks
+from supple.graph.dims import Atom, Dim, Product, Sum, atoms, find, pin
+from supple.graph.integers import AttributeKey, leaves
+from supple.graph.learned import learned_rule
+from supple.graph.record import Recording, Ref, record
+from supple.graph.rules import RULES, Dims, Propagation, fixed, pointwise
+from supple.graph.sizes import Sizes
+
+__all__ = ["Graph", "Group", "analyse", "propagate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Dimensions that shrink together, as one number.
+
+    Attributes:
+        name: Module path of the first parameter that has it, made unique.
+        kind: `width`, `heads`, `queries` (query heads per key-value head) or `head_dim`.
+        atoms: The atoms that change; all keep the same fraction.
+        full: Size in the full model (of the first atom).
+        unit: The size is always a multiple of this.
+        members: Parameters and buffers that have it, with the dimension.
+    """
+
+    name: str
+    kind: str
+    atoms: tuple[Atom, ...]
+    full: int
+    unit: int
+    members: tuple[tuple[str, int], ...]
+
+    def sizes(self, choice: int) -> dict[Atom, int]:
+        """Size of every atom when the group has `choice` units left."""
+        return {atom: atom.size * choice // self.full for atom in self.atoms}
+
+
+@dataclass
+class Graph:
+    """What is known of a model.
+
+    Attributes:
+        model: The model itself.
+        recording: The run it was learned from.
+        propagation: Dimensions of every tensor of that run.
+        tensors: Dimensions of parameters and buffers, by name of the first owner.
+        groups: What can shrink.
+        stacks: Runs of residual blocks that can be shortened.
+        fixed: What cannot change, with the reason; by parameter dimension or block.
+        sizes: The integers of sub-networks.
+    """
+
+    model: nn.Module
+    recording: Recording
+    propagation: Propagation
+    tensors: dict[str, Dims]
+    groups: list[Group] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    sizes: Sizes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = Sizes(self.propagation, self.recording.equalities)
+        self.sizes.learn_values(_attribute_values(self.model, self.propagation))
+
+    def reduces_over(self, group: Group) -> bool:
+        """Whether a normalization, softmax or mean reduces over the group itself."""
+        reduced = {atom for dim in self.propagation.reduced for atom in atoms(dim)}
+        return any(atom in reduced for atom in group.atoms)
+
+
+def propagate(recording: Recording, known: Mapping[str, Dims] | None = None) -> Propagation:
+    """Propagate dimensions through a recorded run.
+
+    Args:
+        recording: The run.
+        known: Dimensions of parameters from an earlier run, to be shared with this one.
+    """
+    p = Propagation()
+    for name, ref in recording.tensors.items():
+        shared = (known or {}).get(name)
+        if shared is not None and [d.size for d in shared] == list(ref.shape):
+            p.dims[ref.id] = shared
+        else:
+            p.dims[ref.id] = [Atom(n) if n != 1 else fixed(1, "") for n in ref.shape]
+    for ref in recording.inputs:
+        p.dims.setdefault(ref.id, [fixed(n, "an input dimension") for n in ref.shape])
+    for call in recording.calls:
+        known_rule = RULES.get(call.name)
+        if known_rule is None and _is_pointwise(call.op):
+            known_rule = pointwise
+        results = (known_rule or learned_rule)(p, call)
+        for ref, dims in zip(call.outputs, results, strict=True):
+            if [d.size for d in dims] != list(ref.shape):
+                name = call.name.removeprefix("aten::")
+                p.unknown[call.name] = "its rule does not give the shape that it returned"
+                dims = [fixed(n, f"the operator {name} is not understood") for n in ref.shape]
+            p.dims.setdefault(ref.id, dims)
+    for ref in _final_outputs(recording):
+        for dim in p.of(ref):
+            pin(dim, "it is a dimension of the model's output")
+    return p
+
+
+def _final_outputs(recording: Recording) -> list[Ref]:
+    """The first output, and every other that the model does not itself compute with further."""
+    used = {ref.id for call in recording.calls for ref in call.inputs}
+    return [r for i, r in enumerate(recording.outputs) if i == 0 or r.id not in used]
+
+
+def _is_pointwise(op: Any) -> bool:
+    if torch.Tag.pointwise in op.tags:
+        return True
+    name = op._schema.name
+    if not name.endswith("_"):
+        return False
+    plain = getattr(torch.ops.aten, name.removeprefix("aten::").removesuffix("_"), None)
+    overloads = plain.overloads() if plain is not None else []
+    return any(torch.Tag.pointwise in getattr(plain, o).tags for o in overloads)
+
+
+def analyse(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Graph:
+    """Learn which dimensions of `model` can shrink, and what must shrink with them.
+
+    Args:
+        model: Any module that runs on the example inputs.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+
+    Returns:
+        The graph; the model is left exactly as it was.
+
+    Raises:
+        UnsupportedModelError: The forward fails on the example inputs.
+    """
+    recording = record(model, args, kwargs)
+    propagation = propagate(recording)
+    tensors = {name: propagation.dims[ref.id] for name, ref in recording.tensors.items()}
+    graph = Graph(model, recording, propagation, tensors)
+    _find_groups(graph)
+    graph.stacks, left_in = find_stacks(model, recording, propagation)
+    graph.fixed.update(left_in)
+    return graph
+
+
+def _attribute_values(model: nn.Module, p: Propagation) -> dict[AttributeKey, int]:
+    modules = dict(model.named_modules())
+    values: dict[AttributeKey, int] = {}
+    for relation in p.relations:
+        for leaf in leaves(relation.expression):
+            if isinstance(leaf, AttributeKey):
+                values[leaf] = _read(modules[leaf.module], leaf)
+    return values
+
+
+def _read(holder: Any, key: AttributeKey) -> int:
+    for name in key.chain:
+        holder = vars(holder)[name]
+    return int(holder if key.index is None else holder[key.index])
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+def _find_groups(graph: Graph) -> None:
+    members = _members(graph.tensors, {n for n, _ in graph.model.named_parameters()})
+    kinds = _kinds(graph)
+    taken: set[Atom] = set()
+    names: set[str] = set()
+    reasons: dict[str, str] = {}
+    for atom, places in members.items():
+        if atom in taken:
+            continue
+        label = f"{places[0][0]}[{places[0][1]}]"
+        reason = atom.pinned or _lonely(places)
+        together, unit = (atom,), 0
+        if not reason:
+            together, unit, reason = _satisfiable(graph, atom, taken)
+        if reason:
+            reasons.setdefault(label, reason)
+            continue
+        kind = kinds.get(atom, "width")
+        taken.update(together)
+        where = tuple(sorted({m for a in together for m in members.get(a, ())}))
+        name = _unique(_name(places[0][0], kind), names)
+        graph.groups.append(Group(name, kind, together, atom.size, unit, where))
+    elastic = {f"{n}[{i}]" for group in graph.groups for n, i in group.members}
+    graph.fixed = {label: r for label, r in reasons.items() if label not in elastic}
+
+
+def _lonely(places: list[tuple[str, int]]) -> str:
+    if len({name for name, _ in places}) > 1:
+        return ""
+    return "no other parameter depends on it, so nothing shows what shrinking it would mean"
+
+
+def _members(
+    tensors: Mapping[str, Dims], parameters: set[str]
+) -> dict[Atom, list[tuple[str, int]]]:
+    """Every atom of a parameter, in order of the parameters, and where it occurs."""
+    members: dict[Atom, list[tuple[str, int]]] = defaultdict(list)
+    ordered = sorted(tensors, key=lambda name: name not in parameters)
+    for name in ordered:
+        for position, dim in enumerate(tensors[name]):
+            for atom in dict.fromkeys(atoms(dim)):
+                if name in parameters or atom in members:
+                    members[atom].append((name, position))
+    return members
+
+
+def _kinds(graph: Graph) -> dict[Atom, str]:
+    """Which atoms are heads: outer factors of a parameter dimension that attention batches over."""
+    batched = {atom for dim in graph.propagation.batched for atom in atoms(dim)}
+    kinds: dict[Atom, str] = {}
+    for dims in graph.tensors.values():
+        for dim in dims:
+            for outer, inner in _nested(dim):
+                if any(atom in batched for atom in outer):
+                    for atom in outer:
+                        if atom in batched:
+                            kinds.setdefault(atom, "heads")
+                    for atom in inner:
+                        kinds[atom] = "queries" if atom in batched else "head_dim"
+    return kinds
+
+
+def _nested(dim: Dim) -> Iterable[tuple[list[Atom], list[Atom]]]:
+    """Pairs of outer and inner atoms of every product in `dim`."""
+    dim = find(dim)
+    if isinstance(dim, Sum):
+        for part in dim.parts:
+            yield from _nested(part)
+    elif isinstance(dim, Product):
+        flat = [list(atoms(factor)) for factor in dim.factors]
+        for position in range(len(flat) - 1):
+            yield flat[position], [a for inner in flat[position + 1 :] for a in inner]
+
+
+def _name(parameter: str, kind: str) -> str:
+    module, _, _ = parameter.rpartition(".")
+    if kind == "width":
+        return module or parameter
+    parent, _, _ = module.rpartition(".")
+    return f"{parent or module}.{kind}" if (parent or module) else kind
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 2
+    while candidate in taken:
+        candidate, count = f"{name}#{count}", count + 1
+    taken.add(candidate)
+    return candidate
+
+
+def _satisfiable(
+    graph: Graph, atom: Atom, taken: set[Atom]
+) -> tuple[tuple[Atom, ...], int, str]:
+    """The atoms that must change with `atom`, the unit of change, or why it cannot change."""
+    reason = ""
+    for together in _candidates(graph, atom, taken):
+        unit, failed = _unit(graph, atom, together)
+        if unit:
+            return together, unit, ""
+        reason = reason or failed
+    return (atom,), 0, reason or "its size is tied to others"
+
+
+def _candidates(graph: Graph, atom: Atom, taken: set[Atom]) -> Iterable[tuple[Atom, ...]]:
+    """`atom` alone, then with one or more atoms that the code ties it to."""
+    yield (atom,)
+    together = [atom]
+    for _ in range(64):
+        half = {a: max(1, a.size // 2) for a in together}
+        ties = graph.sizes.violated(half)
+        if not ties:
+            return
+        ready = [i for _, i in ties]
+        unusable = taken | set(together)
+        options = [a for a in _flat(ready) if a not in unusable and not a.pinned and a.size > 1]
+        if not options:
+            return
+        options.sort(key=lambda a: _rank(graph, together, a))
+        together.append(options[0])
+        yield tuple(together)
+
+
+def _flat(sets: Iterable[set[Atom]]) -> list[Atom]:
+    return sorted({a for s in sets for a in s}, key=lambda a: a.serial)
+
+
+def _rank(graph: Graph, together: list[Atom], option: Atom) -> tuple[int, int]:
+    """Options that leave the fewest relations violated come first."""
+    trial = {a: max(1, a.size // 2) for a in (*together, option)}
+    return len(graph.sizes.violated(trial)), option.serial
+
+
+def _unit(graph: Graph, atom: Atom, together: tuple[Atom, ...]) -> tuple[int, str]:
+    """The smallest step in which the atoms can change and all relations hold."""
+    common = 0
+    for a in together:
+        common = gcd(common, a.size)
+    step = atom.size // common
+    failed = ""
+    while step < atom.size:
+        counts = {step, (atom.size // 2) // step * step, atom.size - step} - {0, atom.size}
+        if not counts:
+            break
+        bad = ""
+        for count in counts:
+            sizes = {a: a.size * count // atom.size for a in together}
+            violated = graph.sizes.violated(sizes)
+            if violated:
+                bad = violated[0][0]
+                break
+        if not bad:
+            return step, ""
+        failed = failed or bad
+        step *= 2
+        while step < atom.size and atom.size % step:
+            step += atom.size // common
+    return 0, failed

@@ -1,0 +1,441 @@
+"""One concrete run of a model, recorded as a list of operator calls.
+
+The run uses fake tensors (shapes without data), so it costs no memory for weights and works for
+models on the meta device; where a model's control flow needs real values, it is run for real.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from supple.errors import UnsupportedModelError
+from supple.graph.integers import Attributes, Expression, Size, TracedInt
+
+__all__ = ["Call", "ModuleCall", "Recording", "Ref", "record"]
+
+_TORCH = os.path.dirname(torch.__file__)
+_SUPPLE = os.path.dirname(os.path.dirname(__file__))
+_PATCHED = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the recorded run.
+
+    Attributes:
+        id: Number of the tensor, by order of appearance.
+        shape: Its shape.
+        dtype: Its type.
+        storage: Number of the memory it lies in; views share it.
+        nbytes: Bytes of that memory.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+    nbytes: int
+
+
+@dataclass
+class Call:
+    """One ATen operator call.
+
+    Attributes:
+        op: The operator overload.
+        args: Its positional arguments, tensors replaced by `Ref`.
+        kwargs: Its keyword arguments, likewise.
+        outputs: The tensors it returned.
+        module: Path of the innermost module whose forward made the call.
+        function: Name of the torch function that the model's code called.
+        integers: The integers that the code passed to that function, in order; slices give
+            their start and stop.
+        where: File and line of the code, where integers were passed.
+        freed: Storages that ceased to exist between this call and the next one.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Ref]
+    module: str
+    function: str
+    integers: list[int | None]
+    where: str
+    freed: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The operator's name without overload, e.g. `aten::view`."""
+        return str(self.op._schema.name)
+
+    @property
+    def inputs(self) -> list[Ref]:
+        """The tensors among the arguments, in order."""
+        return refs((self.args, self.kwargs))
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module's forward: which operator calls it made, with what, giving what."""
+
+    path: str
+    first: int
+    last: int
+    inputs: list[Ref]
+    outputs: list[Ref]
+    depth: int
+
+
+@dataclass
+class Recording:
+    """Everything seen during one run.
+
+    Attributes:
+        calls: Operator calls in order.
+        modules: Module calls in order of their start.
+        inputs: Tensors among the example inputs.
+        outputs: Tensors that the model returned directly (fields of the output, not nested).
+        tensors: Parameters and buffers: name of the first owner to its tensor.
+        aliases: For every parameter and buffer name, the name of its first owner.
+        equalities: Pairs of integer expressions that the code found equal.
+        fake: Whether fake tensors were used.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    modules: list[ModuleCall] = field(default_factory=list)
+    inputs: list[Ref] = field(default_factory=list)
+    outputs: list[Ref] = field(default_factory=list)
+    tensors: dict[str, Ref] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    equalities: list[tuple[Expression, Expression]] = field(default_factory=list)
+    fake: bool = True
+
+
+def refs(tree: Any) -> list[Ref]:
+    """The tensors in nested containers, in order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
+
+
+def record(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    fake: bool | None = None,
+) -> Recording:
+    """Run `model` once in evaluation mode and record it.
+
+    Args:
+        model: Any module; its mode, attributes and weights are left as they were.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        fake: Use fake tensors; None tries fake tensors, then a real run.
+
+    Raises:
+        UnsupportedModelError: The model's forward fails on the example inputs.
+    """
+    if fake is not None:
+        return _run(model, tuple(args), dict(kwargs or {}), fake)
+    try:
+        return _run(model, tuple(args), dict(kwargs or {}), True)
+    except Exception as error:  # whatever a forward may raise; the real run decides
+        if any(p.is_meta for p in model.parameters()):
+            raise _unsupported(model, error) from error
+    try:
+        return _run(model, tuple(args), dict(kwargs or {}), False)
+    except Exception as error:
+        raise _unsupported(model, error) from error
+
+
+def _unsupported(model: nn.Module, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the forward of {type(model).__name__} fails on the example inputs: "
+        f"{type(error).__name__}: {error}; pass args and kwargs with which the model runs"
+    )
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
+    recorder = _Recorder(fake)
+    training = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        stack.callback(_restore_modes, training)
+        model.eval()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        tensors = _owned_tensors(model)
+        if fake:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            memo: dict[int, Tensor] = {}
+            tensors = {name: _faked(mode, t, memo) for name, t in tensors.items()}
+            args, kwargs = tree_map(lambda x: _faked(mode, x, memo), (args, kwargs))
+            stack.enter_context(mode)
+        recorder.start(tensors, (args, kwargs))
+        stack.enter_context(Attributes(model))
+        stack.enter_context(_python_functions_inlined())
+        stack.enter_context(recorder.watching(model))
+        if fake:
+            named = {n: t for n, t in tensors.items() if t is not None}
+            output = functional_call(model, named, args, kwargs, tie_weights=True)
+        else:
+            output = model(*args, **kwargs)
+    recorder.finish(output)
+    return recorder.recording
+
+
+def _restore_modes(training: dict[nn.Module, bool]) -> None:
+    for module, mode in training.items():
+        module.training = mode
+
+
+def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name, tied ones included."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def _faked(mode: FakeTensorMode, value: Any, memo: dict[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) not in memo:
+        device = "cpu" if value.is_meta else value.device
+        with mode:
+            memo[id(value)] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=device
+            )
+    return memo[id(value)]
+
+
+@contextmanager
+def _python_functions_inlined() -> Iterator[None]:
+    """Let torch functions written in Python run their bodies under the recorder.
+
+    They would otherwise be handed over whole, and the integers inside them would be lost.
+    """
+    saved = []
+    for module in (torch.nn.functional, torch.functional, torch._tensor):
+        for name in _PATCHED:
+            if hasattr(module, name):
+                saved.append((module, name, getattr(module, name)))
+                setattr(module, name, lambda *_: False)
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
+class _Recorder:
+    """Numbers tensors, follows module calls and collects operator calls."""
+
+    def __init__(self, fake: bool) -> None:
+        self.recording = Recording(fake=fake)
+        self._tensors: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._refs: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
+        self._storages: dict[int, tuple[Any, int]] = {}
+        self._next_tensor = 0
+        self._next_storage = 0
+        self._stack: list[ModuleCall] = []
+        self.function, self.integers, self.where = "", list[int | None](), ""
+
+    def start(self, tensors: dict[str, Tensor], inputs: Any) -> None:
+        first: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            owner = first.setdefault(id(tensor), name)
+            self.recording.aliases[name] = owner
+            if owner == name:
+                self.recording.tensors[name] = self.ref(tensor)
+        self._inputs = inputs  # the example inputs live as long as the run
+        self.recording.inputs = [
+            self.ref(t) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)
+        ]
+
+    def finish(self, output: Any) -> None:
+        fields: list[Any]
+        if isinstance(output, Mapping):
+            fields = list(output.values())
+        elif isinstance(output, (tuple, list)):
+            fields = list(output)
+        elif isinstance(output, Tensor):
+            fields = [output]
+        else:
+            fields = list(vars(output).values()) if hasattr(output, "__dict__") else []
+        self.recording.outputs = [self.ref(t) for t in fields if isinstance(t, Tensor)]
+        self._inputs = None
+
+    def ref(self, tensor: Tensor) -> Ref:
+        known = self._refs.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        storage, nbytes = self._storage(tensor)
+        ref = Ref(self._next_tensor, tuple(map(int, tensor.shape)), tensor.dtype, storage, nbytes)
+        self._next_tensor += 1
+        self._refs[id(tensor)] = (weakref.ref(tensor), ref)
+        return ref
+
+    def _storage(self, tensor: Tensor) -> tuple[int, int]:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
+            self._next_storage += 1
+            return self._next_storage, tensor.numel() * tensor.element_size()
+        key = storage._cdata
+        known = self._storages.get(key)
+        if known is None or known[0].expired():
+            self._next_storage += 1
+            from torch.multiprocessing.reductions import StorageWeakRef
+
+            known = (StorageWeakRef(storage), self._next_storage)
+            self._storages[key] = known
+        return known[1], storage.nbytes()
+
+    def freed(self) -> list[int]:
+        """Storages that ceased to exist since the last question."""
+        dead = [key for key, (reference, _) in self._storages.items() if reference.expired()]
+        return [self._storages.pop(key)[1] for key in dead]
+
+    def call(self, op: Any, args: Any, kwargs: Any, output: Any) -> None:
+        calls = self.recording.calls
+        if calls:
+            calls[-1].freed.extend(self.freed())
+        known = tree_map(lambda x: self.ref(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        outputs = [self.ref(t) for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+        path = self._stack[-1].path if self._stack else ""
+        calls.append(
+            Call(op, *known, outputs, path, self.function, list(self.integers), self.where)
+        )
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Record what happens inside the block; module calls are seen by wrapping `__call__`."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        original = nn.Module._call_impl
+
+        def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = paths.get(id(module))
+            if path is None:
+                return original(module, *args, **kwargs)
+            call = self.enter(path, (args, kwargs))
+            output = original(module, *args, **kwargs)
+            self.leave(call, output)
+            return output
+
+        nn.Module._call_impl = watched  # type: ignore[method-assign, assignment]
+        TracedInt.on_equal = lambda a, b: self.recording.equalities.append((a, b))
+        try:
+            with _Calls(self), _Functions(self):
+                yield
+        finally:
+            TracedInt.on_equal = None
+            nn.Module._call_impl = original  # type: ignore[method-assign]
+
+    def enter(self, path: str, inputs: Any) -> ModuleCall:
+        found = [self.ref(t) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+        start = len(self.recording.calls)
+        call = ModuleCall(path, start, start, found, [], len(self._stack))
+        self.recording.modules.append(call)
+        self._stack.append(call)
+        return call
+
+    def leave(self, call: ModuleCall, output: Any) -> None:
+        self._stack.pop()
+        call.last = len(self.recording.calls)
+        call.outputs = [self.ref(t) for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+
+
+class _Calls(TorchDispatchMode):
+    """Sees every ATen call."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func.namespace != "prim":
+            self._recorder.call(func, args, kwargs, output)
+        return output
+
+
+class _Functions(TorchFunctionMode):
+    """Sees every torch function that Python code calls, with its integers still traced."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        owner = getattr(func, "__self__", None)
+        if name == "__get__" and owner is torch.Tensor.shape:
+            return torch.Size(self._sizes(args[0]))
+        if name == "size" and isinstance(args[0], Tensor):
+            return self._size(*args, **kwargs)
+        recorder = self._recorder
+        before = recorder.function, recorder.integers, recorder.where
+        integers = list(_integers((args[1:] if isinstance(args[0], Tensor) else args, kwargs))) if args else []
+        recorder.function, recorder.integers = name, integers
+        recorder.where = _location() if integers else ""
+        try:
+            return func(*args, **kwargs)
+        finally:
+            recorder.function, recorder.integers, recorder.where = before
+
+    def _sizes(self, tensor: Tensor) -> list[TracedInt]:
+        number = self._recorder.ref(tensor).id
+        return [TracedInt(int(n), Size(number, d)) for d, n in enumerate(tensor.shape)]
+
+    def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
+        sizes = self._sizes(tensor)
+        return torch.Size(sizes) if dim is None else sizes[dim]
+
+
+def _integers(tree: Any) -> Iterator[int | None]:
+    """Integers in nested arguments, in order; a slice gives its start and stop."""
+    if isinstance(tree, bool) or tree is None:
+        return
+    if isinstance(tree, int):
+        yield tree
+    elif isinstance(tree, slice):
+        yield tree.start if isinstance(tree.start, int) else None
+        yield tree.stop if isinstance(tree.stop, int) else None
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _integers(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from _integers(value)
+
+
+def _location() -> str:
+    """File and line of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _SUPPLE)) and "contextlib" not in name:
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+

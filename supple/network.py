@@ -1,0 +1,431 @@
+"""`Elastic`: a network that runs at any size, and gives any size as a network of its own.
+
+The supernet is the user's own module. Inside `at` the attributes through which its modules see
+their parameters are shadowed by slices of these parameters, integers that the code computes with
+get the values of the chosen size, and containers are shortened; on exit everything is as before.
+`extract` applies the same changes to a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supple.axes.base import Axis, Patch, merge
+from supple.axes.depth import Depth
+from supple.axes.heads import Heads
+from supple.axes.width import Width
+from supple.errors import ConcurrencyError, SettingError, SuppleWarning, UnsupportedModelError
+from supple.graph.couple import Graph, analyse
+from supple.graph.dims import Atom, positions
+from supple.plan import Plan
+from supple.space import Config, Fixed, Site, Space
+
+if TYPE_CHECKING:
+    from supple.graph.verify import Report
+
+__all__ = ["Elastic", "elastic"]
+
+
+def elastic(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    axes: Sequence[Axis] | None = None,
+    verify: bool = True,
+) -> Elastic:
+    """Make a model elastic: find what can vary, prove it, and check it on the model itself.
+
+    Args:
+        model: Any `nn.Module`; it is neither copied nor rewritten.
+        args: Positional example inputs with which the model runs; a single tensor may be
+            given as it is.
+        kwargs: Keyword example inputs.
+        axes: What may vary; None gives `Width()`, `Heads()` and `Depth()`.
+        verify: Also run the checks of `Elastic.verify` (on a copy, in float64) and report a
+            site that fails as fixed. Models on the meta device cannot be run: their sites are
+            proved, not verified.
+
+    Returns:
+        The elastic network; `net.module is model`.
+
+    Raises:
+        UnsupportedModelError: The forward fails on the example inputs, or nothing can vary
+            (the message lists the reasons).
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+        ... )
+        >>> net = elastic(model, torch.ones(2, 6))
+        >>> net.space.smallest()
+        Config({'0': 4})
+    """
+    inputs = (args,) if isinstance(args, Tensor) else tuple(args)
+    chosen = (Width(), Heads(), Depth()) if axes is None else tuple(axes)
+    if not chosen:
+        raise SettingError("axes must name at least one axis, e.g. [supple.Width()]")
+    start = time.perf_counter()
+    graph = analyse(model, inputs, kwargs)
+    net = Elastic(graph, inputs, dict(kwargs or {}), chosen)
+    net.seconds["prove"] = time.perf_counter() - start
+    if verify and not any(p.is_meta for p in model.parameters()):
+        from supple.graph.verify import drop_failing_sites
+
+        start = time.perf_counter()
+        drop_failing_sites(net)
+        net.verified = True
+        net.seconds["verify"] = time.perf_counter() - start
+    if not net.space.sites:
+        raise UnsupportedModelError(_nothing_varies(model, net.space.fixed))
+    return net
+
+
+def _nothing_varies(model: nn.Module, fixed: Sequence[Fixed]) -> str:
+    lines = [f"  {f.name}: {f.reason}" for f in fixed[:20]]
+    more = [f"  ... and {len(fixed) - 20} more"] if len(fixed) > 20 else []
+    listed = "\n".join([*lines, *more]) or "  the model has no parameter dimension to shrink"
+    return f"no site of {type(model).__name__} can vary along the given axes:\n{listed}"
+
+
+class Elastic:
+    """A network that runs at any size; made by `elastic`.
+
+    Attributes:
+        module: The user's own module.
+        space: The sites, their choices, and what is fixed and why.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        graph: What is known of the model.
+        axes: The axes in use.
+        statistics: Recalibrated running statistics by canonical config: buffer name to tensor
+            of the sub-network's shape.
+        verified: Whether the sites were checked on the model itself.
+        seconds: Time spent proving and verifying.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        axes: tuple[Axis, ...],
+    ) -> None:
+        self.module = graph.model
+        self.graph = graph
+        self.args = args
+        self.kwargs = kwargs
+        self.axes = axes
+        self.statistics: dict[Config, dict[str, Tensor]] = {}
+        self.verified = False
+        self.seconds: dict[str, float] = {}
+        self._plans: dict[Config, Plan] = {}
+        self._costs: Any = None
+        self._lock = threading.Lock()
+        self._active: Config | None = None
+        self._thread = 0
+        found = [(axis, site) for axis in axes for site in axis.sites(graph)]
+        self._axis_of = {site.name: axis for axis, site in found}
+        fixed = [Fixed(name, reason) for name, reason in graph.fixed.items()]
+        self.space = Space(self._conditioned([site for _, site in found]), fixed)
+
+    # --- using it -------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, at the active size."""
+        return self.module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Elastic({type(self.module).__name__}, {len(self.space.sites)} sites)"
+
+    @property
+    def training(self) -> bool:
+        """Whether the module is in training mode."""
+        return self.module.training
+
+    def train(self, mode: bool = True) -> Elastic:
+        """Set training mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Elastic:
+        """Set evaluation mode."""
+        return self.train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.module.parameters()).device
+
+    @contextmanager
+    def at(self, config: Config | Mapping[str, int]) -> Iterator[Elastic]:
+        """Run at a size for the duration of the block; nothing of it stays.
+
+        Inside, `parameters()` and `state_dict()` still give the full owners, and gradients
+        reach them. Backward may run after the block.
+
+        Args:
+            config: The size; sites it does not name are full.
+
+        Raises:
+            SettingError: A site or choice does not exist (the message names the nearest).
+            ConcurrencyError: Another size of this network is active.
+        """
+        chosen = self.space.config(config)
+        self._claim(chosen)
+        try:
+            with self._applied(chosen):
+                yield self
+        finally:
+            with self._lock:
+                self._active = None
+
+    def _claim(self, config: Config) -> None:
+        with self._lock:
+            if self._active is not None:
+                who = "this" if self._thread == threading.get_ident() else "another"
+                raise ConcurrencyError(
+                    f"a size of this network is already active in {who} thread; "
+                    "leave that block first, or serve extracted networks side by side"
+                )
+            self._active = config
+            self._thread = threading.get_ident()
+
+    @contextmanager
+    def _applied(self, config: Config) -> Iterator[None]:
+        from supple.recompute import recomputing
+
+        plan = self._plan(config)
+        with plan.applied(self.statistics.get(config)), recomputing(
+            lambda: self._applied(config)
+        ):
+            yield
+
+    def extract(self, config: Config | Mapping[str, int]) -> nn.Module:
+        """A standalone network of the given size: the same classes with smaller tensors.
+
+        Args:
+            config: The size; sites it does not name are full.
+
+        Returns:
+            A copy that shares nothing with this network. Recalibrated statistics of the size
+            are used where there are any.
+
+        Raises:
+            SettingError: A site or choice does not exist.
+        """
+        chosen = self.space.config(config)
+        if self._lacks_statistics(chosen):
+            warnings.warn(
+                "the running statistics of this size were not recalibrated, so its accuracy "
+                "may be far off; call supple.recalibrate(net, config, data) first",
+                SuppleWarning,
+                stacklevel=2,
+            )
+        return self._plan(chosen).extracted(self.statistics.get(chosen))
+
+    def _lacks_statistics(self, config: Config) -> bool:
+        partial = config != self.space.largest()
+        return partial and config not in self.statistics and self.has_running_statistics()
+
+    def has_running_statistics(self) -> bool:
+        """Whether the module has normalization layers with running statistics."""
+        return any(
+            isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
+            for m in self.module.modules()
+        )
+
+    def drop_statistics(self) -> None:
+        """Forget recalibrated statistics; to be called when weights change."""
+        self.statistics.clear()
+
+    def verify(self, n: int = 4) -> Report:
+        """Compare active, extracted, masked and permuted forwards on random sizes.
+
+        Done in float64 on a copy with re-randomised weights, on the example inputs and on a
+        second batch size.
+
+        Args:
+            n: Number of random configs besides the smallest and the largest.
+        """
+        from supple.graph.verify import verify
+
+        return verify(self, n)
+
+    def costs(
+        self, configs: Config | Sequence[Config] | np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Closed-form costs of many sizes.
+
+        Args:
+            configs: One config, several, or encoded configs of shape (n, sites).
+
+        Returns:
+            Arrays of shape (n,): `params` (count), `macs` (of one forward on the example
+            inputs), `weight_bytes` and `activation_bytes` (peak).
+
+        Raises:
+            OperatorError: An operator may multiply and has no rule.
+        """
+        if self._costs is None:
+            from supple.cost.closed import ClosedCosts
+
+            self._costs = ClosedCosts(self)
+        if isinstance(configs, Config):
+            configs = [configs]
+        rows = configs if isinstance(configs, np.ndarray) else self.space.encode_many(configs)
+        costs: dict[str, np.ndarray] = self._costs(rows)
+        return costs
+
+    def save(self, directory: Any) -> None:
+        """Save weights, space and statistics; `supple.load` gives the network back."""
+        from supple.storage import save
+
+        save(self, directory)
+
+    # --- importance -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sort(self, importance: Mapping[str, Tensor] | str = "l1") -> None:
+        """Reorder units so that every prefix holds the most important ones.
+
+        The full network computes the same as before. Optimizers that hold moments of the
+        parameters must be made anew.
+
+        Args:
+            importance: For a site's name, a score per unit (higher stays longer), shape
+                (full,); sites without an entry keep their order. `"l1"` scores each unit by
+                the sum of the absolute weights that it owns.
+
+        Raises:
+            SettingError: A site does not exist, or a score has the wrong length.
+        """
+        scores = self._l1() if isinstance(importance, str) else dict(importance)
+        order: dict[Atom, np.ndarray] = {}
+        for name, score in scores.items():
+            group = getattr(self.space.site(name), "group", None)
+            if group is None or tuple(score.shape) != (group.full,):
+                raise SettingError(
+                    f"the importance of site {name!r} must be a tensor of shape "
+                    f"({getattr(group, 'full', 0)},), got {tuple(score.shape)}"
+                )
+            rank = torch.argsort(score.detach().cpu(), descending=True, stable=True).numpy()
+            order.update(expand_order(group.atoms, group.full, rank))
+        permute(self.module, self.graph, order)
+        self.drop_statistics()
+
+    def _l1(self) -> dict[str, Tensor]:
+        owned = dict(self.module.named_parameters())
+        scores: dict[str, Tensor] = {}
+        for site in self.space.sites:
+            group = getattr(site, "group", None)
+            if group is None:
+                continue
+            total = torch.zeros(group.full)
+            for name, dim in group.members:
+                if name in owned:
+                    total += _per_unit(owned[name], dim, self.graph.tensors[name], group)
+            scores[site.name] = total
+        return scores
+
+    # --- plans ----------------------------------------------------------------------------
+
+    def patch(self, config: Config) -> Patch:
+        """Everything that a size changes."""
+        return merge(
+            self._axis_of[name].patch(self.space.site(name), choice)
+            for name, choice in config.items()
+            if choice != self.space.site(name).full
+        )
+
+    def _plan(self, config: Config) -> Plan:
+        plan = self._plans.get(config)
+        if plan is None:
+            if len(self._plans) > 512:
+                self._plans.clear()
+            plan = self._plans[config] = Plan(self.graph, self.patch(config))
+        return plan
+
+    def remove_sites(self, reasons: Mapping[str, str]) -> None:
+        """Make sites fixed, with the reason for each."""
+        left = [site for site in self.space.sites if site.name not in reasons]
+        fixed = [*self.space.fixed, *(Fixed(name, why) for name, why in reasons.items())]
+        self.space = Space(self._conditioned(left), fixed)
+        self._plans.clear()
+        self._costs = None
+
+    def _conditioned(self, sites: list[Site]) -> list[Site]:
+        """Sites with the conditions under which they exist: their block is not left out."""
+        from dataclasses import replace
+
+        dropping = [
+            (site, {c: self._axis_of[site.name].patch(site, c).dropped for c in site.choices})
+            for site in sites
+        ]
+        dropping = [(site, by) for site, by in dropping if any(by.values())]
+        result: list[Site] = []
+        for site in sites:
+            paths = self._axis_of[site.name].paths(site)
+            inside = []
+            for depth, by_choice in dropping:
+                alive = {
+                    c for c, gone in by_choice.items() if not paths or not _all_in(paths, gone)
+                }
+                if depth.name != site.name and len(alive) < len(by_choice):
+                    inside.append((depth.name, frozenset(alive)))
+            result.append(replace(site, inside=tuple(inside)))
+        return result
+
+
+def _all_in(paths: Sequence[str], blocks: frozenset[str]) -> bool:
+    return all(any(p == b or p.startswith(b + ".") for b in blocks) for p in paths)
+
+
+def expand_order(
+    atoms: Sequence[Atom], full: int, order: np.ndarray
+) -> dict[Atom, np.ndarray]:
+    """An order of a group's units as an order of each atom's positions."""
+    result: dict[Atom, np.ndarray] = {}
+    for atom in atoms:
+        if atom.size % full == 0:
+            run = atom.size // full
+            result[atom] = (order[:, None] * run + np.arange(run)[None, :]).reshape(-1)
+        else:  # the atom has fewer positions than the group has units: whole runs move
+            run = full // atom.size
+            result[atom] = np.array(list(dict.fromkeys((order // run).tolist())))
+    return result
+
+
+@torch.no_grad()
+def permute(model: nn.Module, graph: Graph, order: Mapping[Atom, np.ndarray]) -> None:
+    """Reorder the positions of parameters and buffers in place, coupled ones together."""
+    owned = dict(model.named_parameters())
+    owned.update(model.named_buffers())
+    for name, dims in graph.tensors.items():
+        tensor = owned[name]
+        for dim, structure in enumerate(dims):
+            index = positions(structure, order)
+            if not np.array_equal(index, np.arange(tensor.shape[dim])):
+                tensor.copy_(tensor.index_select(dim, torch.as_tensor(index, device=tensor.device)))
+
+
+def _per_unit(weight: Tensor, dim: int, dims: Sequence[Any], group: Any) -> Tensor:
+    """Sum of absolute weights per unit of a group along one dimension of a parameter."""
+    reduce = [d for d in range(weight.dim()) if d != dim]
+    row = weight.detach().abs().float()
+    row = (row.sum(reduce) if reduce else row).cpu()
+    total = torch.zeros(group.full)
+    for unit in range(group.full):
+        order = expand_order(group.atoms, group.full, np.array([unit]))
+        index = positions(dims[dim], order)
+        total[unit] = row[torch.as_tensor(index)].sum()
+    return total

@@ -1,0 +1,373 @@
+"""A size, worked out once: which tensor is sliced how, which integer changes, which block goes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supple.axes.base import Patch
+from supple.graph.blocks import Stack
+from supple.graph.couple import Graph
+from supple.graph.dims import Atom, Dim, atoms, positions
+from supple.graph.integers import AttributeKey
+
+__all__ = ["Plan", "Slice"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which positions of a tensor remain: per dimension all, a prefix or an index."""
+
+    steps: tuple[tuple[int, int | Tensor], ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for dim, keep in self.steps:
+            if isinstance(keep, int):
+                tensor = tensor.narrow(dim, 0, keep)
+            else:
+                tensor = tensor.index_select(dim, keep)
+        return tensor
+
+
+def slice_of(dims: list[Dim], sizes: Mapping[Atom, int], device: torch.device) -> Slice:
+    """The slice of a tensor with these dimensions when its atoms have these sizes."""
+    steps: list[tuple[int, int | Tensor]] = []
+    for number, dim in enumerate(dims):
+        smaller = {a: np.arange(sizes[a]) for a in atoms(dim) if sizes.get(a, a.size) < a.size}
+        if not smaller:
+            continue
+        index = positions(dim, smaller)
+        if np.array_equal(index, np.arange(len(index))):
+            steps.append((number, len(index)))
+        else:
+            steps.append((number, torch.as_tensor(index, device=device)))
+    return Slice(tuple(steps))
+
+
+class Plan:
+    """The changes that a patch makes to a model, ready to be applied.
+
+    Args:
+        graph: What is known of the model.
+        patch: The merged patch of a size; an empty one is the full network.
+    """
+
+    def __init__(self, graph: Graph, patch: Patch) -> None:
+        self._graph = graph
+        self._patch = patch
+        self._model = graph.model
+        self._modules = dict(graph.model.named_modules())
+        self._attributes = {**graph.sizes.attributes(patch.sizes), **patch.attributes}
+        self._slices = self._needed_slices()
+        self._owners = _owners(graph.model)
+        self._short = [s for s in graph.stacks if any(s.path(b) in patch.dropped for b in s.blocks)]
+        self.is_full = not (
+            self._slices
+            or self._attributes
+            or patch.tensors
+            or patch.modules
+            or patch.dropped
+            or patch.inputs
+        )
+
+    def _needed_slices(self) -> dict[str, Slice]:
+        tensors = dict(self._model.named_parameters())
+        tensors.update(self._model.named_buffers())
+        found: dict[str, Slice] = {}
+        for name, dims in self._graph.tensors.items():
+            needed = slice_of(dims, self._patch.sizes, tensors[name].device)
+            if needed.steps:
+                found[name] = needed
+        return found
+
+    def sliced(self, name: str, tensor: Tensor) -> Tensor:
+        """The sub-network's value of the tensor called `name`."""
+        if name in self._slices:
+            tensor = self._slices[name](tensor)
+        if name in self._patch.tensors:
+            tensor = self._patch.tensors[name](tensor)
+        return tensor
+
+    # --- in place -------------------------------------------------------------------------
+
+    @contextmanager
+    def applied(self, statistics: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Shadow the model's attributes for the duration of the block.
+
+        Args:
+            statistics: Running statistics of this size, used in evaluation mode.
+        """
+        if self.is_full:
+            yield
+            return
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            self._shadow_tensors(undo, statistics)
+            for key, value in self._attributes.items():
+                _set_integer(self._modules[key.module], key, value, undo)
+            self._shorten(self._modules, undo)
+            for path, module in self._patch.modules.items():
+                parent, _, name = path.rpartition(".")
+                _shadow(vars(self._modules[parent]), name, module, undo)
+            if self._patch.inputs is not None:
+                _shadow(vars(self._model), "forward", self._resized_forward(self._model), undo)
+            yield
+        finally:
+            for holder, name, value in reversed(undo):
+                if value is _ABSENT:
+                    del holder[name]
+                else:
+                    holder[name] = value
+
+    def _resized_forward(self, model: nn.Module) -> Any:
+        forward, change = model.forward, self._patch.inputs
+        assert change is not None
+
+        def resized(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = change(args, kwargs)
+            return forward(*args, **kwargs)
+
+        return resized
+
+    def _shadow_tensors(
+        self, undo: list[tuple[dict[str, Any], str, Any]], statistics: Mapping[str, Tensor] | None
+    ) -> None:
+        aliases = self._graph.recording.aliases
+        running = self._running_names()
+        made: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            for name, (module, attribute, tensor) in self._owners.items():
+                owner = aliases[name]
+                if owner in running:
+                    if module.training:
+                        value = self.sliced(owner, tensor).clone()  # batch statistics only
+                    elif statistics is not None and owner in statistics:
+                        value = statistics[owner]
+                    elif owner in self._slices:
+                        value = self.sliced(owner, tensor)
+                    else:
+                        continue
+                elif owner in self._slices or owner in self._patch.tensors:
+                    if owner not in made:
+                        made[owner] = self.sliced(owner, tensor)
+                    value = made[owner]
+                else:
+                    continue
+                _shadow(vars(module), attribute, value, undo)
+
+    def _running_names(self) -> set[str]:
+        """Buffers that hold running statistics of normalization layers."""
+        return {
+            f"{path}.{name}" if path else name
+            for path, module in self._modules.items()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for name in module._buffers
+            if module._buffers[name] is not None
+        }
+
+    def _shorten(
+        self, modules: Mapping[str, nn.Module], undo: list[tuple[dict[str, Any], str, Any]]
+    ) -> None:
+        """Leave blocks out: shorter containers, renumbered blocks, shorter per-layer lists."""
+        for container, keep in self._kept().items():
+            module = modules[container]
+            blocks = list(module.children())
+            short = type(module)() if type(module) in _CONTAINERS else copy.copy(module)
+            vars(short)["_modules"] = {str(i): blocks[b] for i, b in enumerate(keep)}
+            vars(short)["training"] = module.training
+            if container:
+                parent, _, name = container.rpartition(".")
+                _shadow(vars(modules[parent]), name, short, undo)
+            else:
+                _shadow(vars(module), "forward", short.forward, undo)
+            for key, value in self._renumbered(container, keep):
+                _set_integer(modules[key.module], key, value, undo)
+            for holder, name, items in per_layer_lists(modules, container, len(blocks)):
+                _shadow(holder, name, type(items)(items[b] for b in keep), undo)
+
+    def _kept(self) -> dict[str, list[int]]:
+        """For every shortened container, the positions of the children that stay."""
+        kept: dict[str, list[int]] = {}
+        for stack in self._short:
+            before = kept.get(stack.container, list(range(stack.length)))
+            gone = {b for b in stack.blocks if stack.path(b) in self._patch.dropped}
+            kept[stack.container] = [b for b in before if b not in gone]
+        return kept
+
+    def _renumbered(self, container: str, keep: list[int]) -> Iterator[tuple[AttributeKey, int]]:
+        stack = next(s for s in self._short if s.container == container)
+        for relative, attribute in positional_attributes(self._modules, stack):
+            for new, old in enumerate(keep):
+                if new != old:
+                    path = stack.path(old) + (f".{relative}" if relative else "")
+                    yield AttributeKey(path, (attribute,)), new
+
+    # --- standalone -----------------------------------------------------------------------
+
+    def extracted(self, statistics: Mapping[str, Tensor] | None) -> nn.Module:
+        """A copy of the model with the changes made for good; it shares nothing with it."""
+        memo: dict[int, Any] = {}
+        running = self._running_names()
+        for name, tensor in _first_owners(self._model):
+            value = self.sliced(name, tensor.detach())
+            if statistics is not None and name in running and name in statistics:
+                value = statistics[name]
+            value = value.detach().clone(memory_format=torch.contiguous_format)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = value
+        model: nn.Module = copy.deepcopy(self._model, memo)
+        modules = dict(model.named_modules())
+        forgotten: list[tuple[dict[str, Any], str, Any]] = []
+        for key, integer in self._attributes.items():
+            _set_integer(modules[key.module], key, integer, forgotten)
+        self._cut_blocks(modules, forgotten)
+        for path, module in self._patch.modules.items():
+            parent, _, name = path.rpartition(".")
+            setattr(modules[parent], name, copy.deepcopy(module))
+        for module in model.modules():
+            _describe(module)
+        if self._patch.inputs is None:
+            return model
+        from supple.axes.base import Reshaped
+
+        return Reshaped(model, self._patch.inputs)
+
+    def _cut_blocks(
+        self, modules: dict[str, nn.Module], undo: list[tuple[dict[str, Any], str, Any]]
+    ) -> None:
+        for container, keep in self._kept().items():
+            module = modules[container]
+            blocks = list(module.children())
+            for key, value in self._renumbered(container, keep):
+                _set_integer(modules[key.module], key, value, undo)
+            for holder, name, items in per_layer_lists(modules, container, len(blocks)):
+                holder[name] = type(items)(items[b] for b in keep)
+            module._modules.clear()
+            for position, block in enumerate(keep):
+                module._modules[str(position)] = blocks[block]
+
+
+_ABSENT = object()
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+
+
+def _shadow(
+    holder: dict[str, Any], name: str, value: Any, undo: list[tuple[dict[str, Any], str, Any]]
+) -> None:
+    undo.append((holder, name, holder.get(name, _ABSENT)))
+    holder[name] = value
+
+
+def _set_integer(
+    module: nn.Module, key: AttributeKey, value: int, undo: list[tuple[dict[str, Any], str, Any]]
+) -> None:
+    holder: Any = vars(module)
+    for name in key.chain[:-1]:
+        holder = vars(holder[name])
+    name = key.chain[-1]
+    if key.index is None:
+        _shadow(holder, name, value, undo)
+        return
+    items = list(holder[name])
+    items[key.index] = value
+    _shadow(holder, name, type(holder[name])(items), undo)
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Every parameter and buffer under every name: its module, attribute and value."""
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    found[f"{path}.{name}" if path else name] = (module, name, tensor)
+    return found
+
+
+def _first_owners(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def positional_attributes(
+    modules: Mapping[str, nn.Module], stack: Stack
+) -> list[tuple[str, str]]:
+    """Integers that number the blocks of a container (`layer_idx`): relative path and name.
+
+    An integer found at the same place in every block, whose value is the block's position in
+    each, numbers the blocks.
+    """
+    if stack.length < 2:
+        return []
+    found: list[tuple[str, str]] = []
+    first = stack.path(0)
+    for path, module in modules.items():
+        if path != first and not path.startswith(first + "."):
+            continue
+        relative = path[len(first) + 1 :]
+        for name, value in vars(module).items():
+            if type(value) is int and value == 0 and _numbers(modules, stack, relative, name):
+                found.append((relative, name))
+    return found
+
+
+def _numbers(
+    modules: Mapping[str, nn.Module], stack: Stack, relative: str, name: str
+) -> bool:
+    for position in range(stack.length):
+        path = stack.path(position) + (f".{relative}" if relative else "")
+        module = modules.get(path)
+        if module is None or vars(module).get(name) != position:
+            return False
+    return True
+
+
+def per_layer_lists(
+    modules: Mapping[str, nn.Module], container: str, length: int
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """Lists with an entry per block, in plain objects that the container's parents hold."""
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    seen: set[int] = set()
+    path = container
+    while path:
+        path = path.rpartition(".")[0]
+        for value in list(vars(modules[path]).values()):
+            if id(value) in seen or isinstance(value, (nn.Module, Tensor)):
+                continue
+            seen.add(id(value))
+            for name, items in list(getattr(value, "__dict__", {}).items()):
+                if isinstance(items, (list, tuple)) and len(items) == length > 1:
+                    found.append((vars(value), name, items))
+    return found
+
+
+#: What PyTorch's own layers say of themselves: attribute to (parameter, dimension).
+_DESCRIPTIONS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+}
+
+
+def _describe(module: nn.Module) -> None:
+    """Correct what a layer of PyTorch's own prints about its sizes."""
+    for kind, attributes in _DESCRIPTIONS.items():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, kind) and isinstance(weight, Tensor):
+            for name, (_, dim) in attributes.items():
+                setattr(module, name, weight.shape[dim])
+    if isinstance(module, nn.modules.conv._ConvNd):
+        out, into = module.weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = out, into * module.groups
+        else:
+            module.out_channels, module.in_channels = out, into * module.groups
