@@ -26,7 +26,7 @@ from supple.errors import SettingError, UnknownTechniqueError, nearest
 if TYPE_CHECKING:
     from typing import Self
 
-    from torch import Generator, nn
+    from torch import Generator, Tensor, nn
 
 __all__ = [
     "ROOMS",
@@ -147,6 +147,15 @@ class Transform(Technique):
     """Kind: gives a changed copy of a model."""
 
     kind: ClassVar[str] = "transform"
+
+    @classmethod
+    def toy(cls) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+        """Gives a small model that conformance is checked with, and its inputs.
+
+        Returns:
+            The model and its positional inputs, batch first; None where any model will do.
+        """
+        return None
 
     @abstractmethod
     def apply(

@@ -71,7 +71,11 @@ def bert() -> Entry:
     from transformers import BertConfig, BertForSequenceClassification
 
     model = BertForSequenceClassification(BertConfig(**encoder_sizes()))
-    return model, (), {"input_ids": tokens(), "attention_mask": torch.ones(BATCH, LENGTH).long()}
+    return (
+        model,
+        (),
+        {"input_ids": tokens(), "attention_mask": torch.ones(BATCH, LENGTH).long()},
+    )
 
 
 @family

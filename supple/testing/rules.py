@@ -1,0 +1,157 @@
+"""Checks of techniques that train."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from supple.axes.width import Width
+from supple.network import Elastic, elastic
+from supple.space import Config
+from supple.technique import Rule
+from supple.testing.toys import (
+    PlannedError,
+    assert_same,
+    copied,
+    generator,
+    global_random_untouched,
+    mlp,
+    output,
+)
+
+__all__ = ["CHECKS", "network"]
+
+
+def check_rule_learns(technique: Rule) -> None:
+    """Training lowers the loss at the smallest and at the largest size, and stays finite."""
+    net = network()
+    sizes = (net.space.smallest(), net.space.largest())
+    before = [_loss_at(net, size) for size in sizes]
+    run = _start(technique, net)
+    for batch in _batches() * 5:
+        for role, loss in run.step(batch).items():
+            assert math.isfinite(loss), f"the loss of role '{role}' is {loss}"
+    after = [_loss_at(net, size) for size in sizes]
+    for size, old, new in zip(sizes, before, after, strict=True):
+        assert new < old, f"the loss at {size} went from {old:.4f} to {new:.4f}"
+
+
+def check_rule_leaves_the_network_whole(technique: Rule) -> None:
+    """Steps, also such that raise, leave the owners in place and the module at full size."""
+    net = network()
+    owners = dict(net.module.named_parameters())
+    shapes = {name: owner.shape for name, owner in owners.items()}
+    run = _start(technique, net)
+    run.step(_batches()[0])
+    with contextlib.suppress(PlannedError):
+        _start(technique, net, loss=_failing_loss).step(_batches()[0])
+        raise AssertionError("an error in the loss was swallowed")
+    now = dict(net.module.named_parameters())
+    assert list(now) == list(owners), "the owners have other names or another order"
+    replaced = [name for name, owner in owners.items() if now[name] is not owner]
+    assert not replaced, f"owners were replaced: {', '.join(replaced)}"
+    resized = [name for name, owner in now.items() if owner.shape != shapes[name]]
+    assert not resized, f"owners were resized: {', '.join(resized)}"
+    assert net.module.training, "the module was left in eval mode"
+    with net.at(net.space.largest()):
+        inside = output(net.module, (_batches()[0][0],))
+    torch.testing.assert_close(output(net.module, (_batches()[0][0],)), inside)
+
+
+def check_rule_repeats(technique: Rule) -> None:
+    """The same generator gives the same weights, and global random state is untouched."""
+    weights = []
+    for _ in range(2):
+        net = network()
+        with global_random_untouched():
+            run = _start(technique, net)
+            for batch in _batches():
+                run.step(batch)
+        weights.append(net.module)
+    assert_same(weights[0], copied(weights[1]), "the same generator gave other weights")
+
+
+def check_rule_resumes(technique: Rule) -> None:
+    """A run that goes on from its state gives bitwise the weights of one that never stopped."""
+    whole, parted = network(), network()
+    run = _start(technique, whole)
+    for batch in _batches():
+        run.step(batch)
+    optimizer = _optimizer(parted)
+    first = _start(technique, parted, optimizer)
+    for batch in _batches()[:2]:
+        first.step(batch)
+    state = first.state_dict()
+    assert _is_plain(state), "state_dict holds more than numbers, text, lists and tensors"
+    state = copy.deepcopy(state)
+    second = _start(technique, parted, optimizer, seed=23)
+    second.load_state_dict(state)
+    for batch in _batches()[2:]:
+        second.step(batch)
+    assert_same(whole.module, copied(parted.module), "the resumed run went another way")
+
+
+def network() -> Elastic:
+    """Gives a small elastic network in training mode; also learns the operators' rules."""
+    x = torch.randn(2, 5, generator=generator())
+    return elastic(mlp().train(), (x,), axes=[Width((0.5, 1.0))], verify=False)
+
+
+def _batches() -> list[tuple[Tensor, Tensor]]:
+    """Gives four batches of a problem with a linear answer."""
+    source = generator(13)
+    truth = torch.randn(5, 3, generator=source)
+    xs = [torch.randn(17, 5, generator=source) for _ in range(4)]
+    return [(x, (x @ truth).argmax(1)) for x in xs]
+
+
+def _loss(output: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(output, batch[1])
+
+
+def _failing_loss(output: Tensor, batch: Any) -> Tensor:
+    raise PlannedError
+
+
+def _optimizer(net: Elastic) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.module.parameters(), lr=0.1, momentum=0.5)
+
+
+def _start(
+    technique: Rule,
+    net: Elastic,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    loss: Callable[[Tensor, Any], Tensor] = _loss,
+    seed: int = 7,
+) -> Any:
+    optimizer = optimizer or _optimizer(net)
+    return technique.start(net, optimizer, loss=loss, generator=generator(seed))
+
+
+def _loss_at(net: Elastic, size: Config) -> float:
+    with net.at(size):
+        losses = [_loss(output(net.module, (x,)), (x, y)) for x, y in _batches()]
+    return float(torch.stack(losses).mean())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+
+
+CHECKS: tuple[Callable[[Rule], None], ...] = (
+    check_rule_learns,
+    check_rule_leaves_the_network_whole,
+    check_rule_repeats,
+    check_rule_resumes,
+)

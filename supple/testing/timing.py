@@ -1,0 +1,79 @@
+"""A pytest plugin that keeps groups of tests within a budget of CPU time.
+
+Mark tests with `@pytest.mark.cpu_budget(group, seconds)`. The CPU time of all calls of a group
+is added up, over all workers of pytest-xdist too, and the run fails where a group takes more
+than its budget. Time to import and to collect does not count. Conformance gives each
+technique one second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+_PROPERTY = "cpu_budget"
+
+
+class CPUBudgets:
+    """Adds up the CPU time that groups of tests take.
+
+    Args:
+        decides: Whether this process sees all reports, so that it may fail the run.
+    """
+
+    def __init__(self, decides: bool) -> None:
+        self.decides = decides
+        self.used: defaultdict[str, float] = defaultdict(float)
+        self.allowed: dict[str, float] = {}
+
+    def over(self) -> list[str]:
+        """Gives one line for each group that took more than it may."""
+        return [
+            f"{group}: {used:.2f} s of CPU, at most {self.allowed[group]:g} s allowed"
+            for group, used in sorted(self.used.items())
+            if used > self.allowed[group]
+        ]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        started = time.process_time()
+        try:
+            return (yield)
+        finally:
+            marker = item.get_closest_marker("cpu_budget")
+            if marker is not None:
+                group, seconds = marker.args
+                used = time.process_time() - started
+                item.user_properties.append((_PROPERTY, [group, seconds, used]))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == _PROPERTY and isinstance(value, list):
+                group, seconds, used = value
+                self.used[group] += used
+                self.allowed[group] = seconds
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.decides and self.over() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.decides and self.over():
+            terminalreporter.section("over the budget of CPU time", red=True)
+            for line in self.over():
+                terminalreporter.line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker and the plugin's state for one run."""
+    config.addinivalue_line(
+        "markers", "cpu_budget(group, seconds): CPU time that the group's calls may take"
+    )
+    config.pluginmanager.register(CPUBudgets(not hasattr(config, "workerinput")))

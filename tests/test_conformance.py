@@ -1,0 +1,34 @@
+"""The one test that runs every technique through the checks of its kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from supple.technique import technique, techniques
+from supple.testing import rules
+from supple.testing.checks import Check, yield_checks
+
+CPU_SECONDS = 1.0
+"""What all checks of one technique may take."""
+
+
+def _cases() -> list[pytest.ParameterSet]:
+    cases = []
+    for key in techniques():
+        for check in yield_checks(technique(key)):
+            marks = [pytest.mark.cpu_budget(key, CPU_SECONDS)]
+            if check.reason is not None:
+                marks.append(pytest.mark.xfail(reason=check.reason, strict=True))
+            cases.append(pytest.param(check, id=f"{key}:{check.name}", marks=marks))
+    return cases
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm() -> None:
+    """Learns the operators' rules once, so that no technique is charged for them."""
+    rules.network()
+
+
+@pytest.mark.parametrize("check", _cases())
+def test_technique_conforms(check: Check) -> None:
+    check.run()
