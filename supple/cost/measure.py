@@ -1,0 +1,343 @@
+"""Measures what a network costs on the device at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from supple.cost.count import activation_bytes, inference, run_forward
+from supple.errors import SettingError, nearest
+from supple.quantity import show
+
+__all__ = ["Measurement", "Timing", "device_name", "measure", "measure_named", "with_batch"]
+
+WHAT = ("latency", "memory")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per forward over many repeats.
+
+    Args:
+        median: The middle one.
+        low: First quartile.
+        high: Third quartile.
+        repeats: How many were timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range in seconds."""
+        return self.high - self.low
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, and where.
+
+    Args:
+        device: Name of the device, with the number of CPU threads.
+        threads: Number of CPU threads that were used.
+        latency: Seconds per forward, or None where it wasn't asked for.
+        memory: Bytes that tensors hold at the peak of one forward, or None likewise.
+    """
+
+    device: str
+    threads: int
+    latency: Timing | None = None
+    memory: int | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The figures by name, in seconds and bytes."""
+        found: dict[str, float] = {}
+        if self.latency is not None:
+            found["latency"] = self.latency.median
+        if self.memory is not None:
+            found["memory"] = float(self.memory)
+        return found
+
+    def __str__(self) -> str:
+        figures = []
+        if self.latency is not None:
+            figures.append(
+                f"latency {show(self.latency.median, 's')} "
+                f"({show(self.latency.low, 's')} to {show(self.latency.high, 's')})"
+            )
+        if self.memory is not None:
+            figures.append(f"memory {show(self.memory, 'B')}")
+        return f"{', '.join(figures)} on {self.device}"
+
+
+def measure(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    what: Sequence[str] = WHAT,
+    *,
+    batch: int | None = None,
+    threads: int = 1,
+    repeats: int | None = None,
+) -> Measurement:
+    """Runs a network on its device and measures forwards in eval mode without gradients.
+
+    *Latency* is timed after a warm-up, with the number of CPU threads pinned and Python's
+    garbage collector off; report the median with its quartiles.
+
+    *Memory* is the number of bytes that tensors hold at the peak of one forward: weights,
+    buffers, inputs and activations. On a CPU, PyTorch keeps no such account, so it is the sum
+    over all tensors by their lifetimes (see `supple.cost.count`): scratch memory inside an
+    operator and the allocator's slack aren't in it. On a GPU it is the allocator's own peak.
+
+    Args:
+        module: The network; its mode and the number of threads are restored.
+        args: Example inputs by position, on the module's device.
+        kwargs: Example inputs by name.
+        what: Any of `"latency"` and `"memory"`.
+        batch: Batch size to measure at: example inputs are cut or repeated along their first
+            dimension. As given by default.
+        threads: Number of CPU threads, 1 or more.
+        repeats: Number of timed forwards; as many as fit half a second by default, 10 to 1000.
+
+    Returns:
+        The figures, with the device's name.
+
+    Raises:
+        SettingError: A setting can't be used.
+        UnsupportedModelError: The forward fails on these inputs.
+
+    Example:
+        >>> found = measure(nn.Linear(8, 8), (torch.zeros(4, 8),), repeats=5)
+        >>> found.memory, found.latency.median > 0
+        (544, True)
+    """
+    for name in what:
+        if name not in WHAT:
+            raise SettingError(
+                f"can't measure '{name}'{nearest(name, WHAT)}; choose from {', '.join(WHAT)}"
+            )
+    for setting, value in {"threads": threads, "repeats": repeats, "batch": batch}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise SettingError(f"{setting} must be a whole number of at least 1, got {value!r}")
+    if batch is not None:
+        args, kwargs = with_batch(batch, args, kwargs)
+    device = _device(module)
+    with _threads(threads):
+        return Measurement(
+            device=device_name(device, threads),
+            threads=threads,
+            latency=_latency(module, args, kwargs, repeats) if "latency" in what else None,
+            memory=_memory(module, args, kwargs) if "memory" in what else None,
+        )
+
+
+def measure_named(
+    module: nn.Module,
+    name: str,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> float:
+    """Measures one figure by a name with settings in brackets.
+
+    Args:
+        module: The network.
+        name: Such as `"latency"`, `"memory"` or `"latency[batch=1,threads=2]"`.
+        args: Example inputs by position.
+        kwargs: Example inputs by name.
+
+    Returns:
+        The median in seconds, or bytes.
+
+    Raises:
+        SettingError: The name or a setting is unknown.
+        UnsupportedModelError: The forward fails on these inputs.
+
+    Example:
+        >>> measure_named(nn.Linear(8, 8), "memory[batch=1]", (torch.zeros(4, 8),))
+        352.0
+    """
+    figure, settings = _parse(name)
+    return measure(module, args, kwargs, (figure,), **settings).values[figure]
+
+
+def device_name(device: torch.device | str | None = None, threads: int | None = None) -> str:
+    """Names a device as reports show it.
+
+    Args:
+        device: The CPU by default.
+        threads: Number of CPU threads; PyTorch's current number by default.
+
+    Returns:
+        Such as `"AMD EPYC 7B13, 1 thread"` or a GPU's name.
+    """
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    number = torch.get_num_threads() if threads is None else threads
+    return f"{_cpu_model()}, {number} thread{'s' if number != 1 else ''}"
+
+
+def with_batch(
+    batch: int, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cuts or repeats example inputs to another batch size.
+
+    The batch size is the first dimension of the first tensor; tensors whose first dimension has
+    another size are left as they are.
+
+    Args:
+        batch: The size wanted.
+        args: Inputs by position.
+        kwargs: Inputs by name.
+
+    Raises:
+        SettingError: No input has a batch dimension.
+
+    Example:
+        >>> args, _ = with_batch(3, (torch.tensor([[1], [2]]),))
+        >>> args[0].tolist()
+        [[1], [2], [1]]
+    """
+    inputs = (tuple(args), dict(kwargs or {}))
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or not len(tensors[0]):
+        raise SettingError(
+            f"can't change the batch size to {batch}: no example input is a tensor with a "
+            "batch dimension"
+        )
+    old = len(tensors[0])
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != old:
+            return leaf
+        return leaf[torch.arange(batch, device=leaf.device) % old]
+
+    changed: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(resized, inputs)
+    return changed
+
+
+def _parse(name: str) -> tuple[str, dict[str, int]]:
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\[(.*)\])?\s*", name)
+    if match is None:
+        raise SettingError(f"'{name}' is no name of a measured cost; try 'latency[batch=1]'")
+    figure, inside = match.groups()
+    settings: dict[str, int] = {}
+    known = ("batch", "threads", "repeats")
+    for part in filter(None, (inside or "").split(",")):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in known:
+            raise SettingError(
+                f"'{name}': no setting '{key}'{nearest(key, known)}; settings are "
+                f"{', '.join(known)}"
+            )
+        if not value.isdecimal():
+            raise SettingError(f"'{name}': {key} must be a whole number, got '{value}'")
+        settings[key] = int(value)
+    return figure, settings
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _latency(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    repeats: int | None,
+) -> Timing:
+    device = _device(module)
+
+    def once() -> float:
+        _wait(device)
+        begin = time.perf_counter()
+        run_forward(module, args, kwargs)
+        _wait(device)
+        return time.perf_counter() - begin
+
+    with inference(module, fused=True):
+        _repeat(once, seconds=0.1, least=3, most=100)
+        if repeats is None:
+            times = _repeat(once, seconds=0.5, least=10, most=1000)
+        else:
+            times = [once() for _ in range(repeats)]
+    low, median, high = _quartiles(times)
+    return Timing(median, low, high, len(times))
+
+
+def _repeat(once: Callable[[], float], *, seconds: float, least: int, most: int) -> list[float]:
+    times: list[float] = []
+    while len(times) < least or (sum(times) < seconds and len(times) < most):
+        times.append(once())
+    return times
+
+
+def _quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, median, high
+
+
+def _memory(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> int:
+    weights = _storage_bytes([*module.parameters(), *module.buffers()])
+    device = _device(module)
+    if device.type != "cuda":
+        return weights + activation_bytes(module, args, kwargs)
+    inputs = _storage_bytes(tree_leaves((tuple(args), dict(kwargs or {}))))
+    with inference(module, fused=True):
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run_forward(module, args, kwargs)
+        _wait(device)
+        return weights + inputs + torch.cuda.max_memory_allocated(device) - before
+
+
+def _storage_bytes(values: Sequence[Any]) -> int:
+    storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or f"{platform.machine()} ({os.cpu_count()} cores)"

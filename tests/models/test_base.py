@@ -1,0 +1,54 @@
+"""Reference networks are found by their file names, and wrong settings name themselves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import supple.models.base
+from supple.errors import SettingError
+from supple.models.base import build, keys
+
+ROOM = Path(supple.models.base.__file__).parent
+
+
+def test_every_file_is_a_key():
+    assert keys() == ["cifar-resnet", "digits-cnn", "mobilenet-v3", "vit"]
+
+
+@pytest.mark.parametrize("key", keys())
+def test_defaults_build_a_network_that_trains(key):
+    net = build(key, classes=7)
+    size, channels = (8, 1) if key == "digits-cnn" else (32, 3)
+    net(torch.randn(3, channels, size, size)).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("key", keys())
+def test_a_key_may_carry_its_room(key):
+    assert type(build(f"models/{key}")) is type(build(key))
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(SettingError, match="did you mean 'digits-cnn'"):
+        build("digit-cnn")
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(SettingError, match="no setting 'widht', did you mean 'width'"):
+        build("mobilenet-v3", widht=2)
+
+
+@pytest.mark.parametrize("file", sorted(ROOM.glob("*.py")), ids=lambda file: file.stem)
+def test_networks_know_nothing_of_the_core(file):
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("supple")
+    }
+    assert imported <= {"supple.errors", "supple.files", "supple.models.base"}
