@@ -1,0 +1,203 @@
+"""Evaluating one size of a network: recalibrate, the user's function, the costs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supple.errors import SettingError, nearest
+from supple.space import Config
+from supple.study.store import Evaluation
+from supple.training.recalibrate import recalibrate
+from supple.training.step import Network as Trained
+
+__all__ = ["Costs", "Evaluator", "Network", "fingerprint"]
+
+CostFunction = Callable[[list[Config]], Any]
+CostNames = str | Sequence[str] | Mapping[str, CostFunction]
+
+_MEASURED = ("latency", "memory")
+_SAMPLED = 4096
+
+
+class Network(Trained, Protocol):
+    """What a search needs of an elastic network."""
+
+    @property
+    def args(self) -> Any:
+        """Example inputs by position."""
+
+    @property
+    def kwargs(self) -> Any:
+        """Example inputs by name."""
+
+    @property
+    def statistics(self) -> MutableMapping[Config, dict[str, Tensor]]:
+        """Running statistics by size."""
+
+    def extract(self, config: Config) -> nn.Module:
+        """Gives a size as a module of its own."""
+
+    def costs(self, configs: list[Config]) -> Mapping[str, Any]:
+        """Gives closed-form costs by name, an array of one value per size each."""
+
+    def has_running_statistics(self) -> bool:
+        """Says whether any batch normalization keeps running statistics."""
+
+
+class Costs:
+    """The costs of a network's sizes, by name.
+
+    Args:
+        net: An elastic network.
+        costs: Names of closed-form costs (`"params"`, `"macs"`, ...) and of measured ones
+            (`"latency[batch=1]"`, `"memory"`), or name to function of a list of configs.
+
+    Raises:
+        SettingError: A name is unknown or comes twice.
+    """
+
+    def __init__(self, net: Network, costs: CostNames) -> None:
+        self._net = net
+        self._own: dict[str, CostFunction] = {}
+        if isinstance(costs, Mapping):
+            self._own = dict(costs)
+        self.names = (costs,) if isinstance(costs, str) else tuple(costs)
+        if len(set(self.names)) < len(self.names):
+            raise SettingError(f"each cost may be named once, got {list(self.names)}")
+        rest = [name for name in self.names if name not in self._own]
+        self._measured = [name for name in rest if name.partition("[")[0] in _MEASURED]
+        self._closed = [name for name in rest if name not in self._measured]
+        if self._closed:
+            self._check(net.costs([net.space.largest()]))
+
+    def _check(self, known: Mapping[str, Any]) -> None:
+        for name in self._closed:
+            if name not in known:
+                options = [*known, *_MEASURED]
+                raise SettingError(
+                    f"there is no cost {name!r}{nearest(name, options)} "
+                    f"(there are: {', '.join(options)})"
+                )
+
+    def of(self, config: Config) -> dict[str, float]:
+        """Returns the costs of one size in base units.
+
+        Where one closed-form cost is asked for, all of them are given: they come for free.
+        """
+        costs: dict[str, float] = {}
+        if self._measured:
+            costs |= self._measure(self._net.extract(config))
+        if self._closed:
+            priced = self._net.costs([config])
+            costs |= {name: float(np.asarray(values)[0]) for name, values in priced.items()}
+        for name, function in self._own.items():
+            costs[name] = float(np.asarray(function([config])).reshape(-1)[0])
+        first = {name: costs[name] for name in self.names}
+        return first | costs
+
+    def _measure(self, module: nn.Module) -> dict[str, float]:
+        from supple.cost.measure import measure_named
+
+        args, kwargs = self._net.args, self._net.kwargs
+        return {name: measure_named(module, name, args, kwargs) for name in self._measured}
+
+
+class Evaluator:
+    """Evaluates sizes of a network.
+
+    Args:
+        net: An elastic network.
+        function: `evaluate(module) -> dict | float`.
+        costs: The costs.
+        data: Batches to recalibrate running statistics with.
+
+    Raises:
+        SettingError: The network has running statistics and there is no data.
+    """
+
+    def __init__(
+        self, net: Network, function: Callable[[nn.Module], Any], costs: Costs, data: Any = None
+    ) -> None:
+        if data is None and net.has_running_statistics():
+            raise SettingError(
+                "this network has batch normalization, whose running statistics must be "
+                "measured anew for each size; pass data= (batches like those of training)"
+            )
+        self._net = net
+        self._function = function
+        self._costs = costs
+        self._data = data
+
+    def __call__(self, config: Config) -> Evaluation:
+        """Returns the metrics and costs of a canonical config.
+
+        Raises:
+            SettingError: The function gave something else than numbers.
+        """
+        self._recalibrate(config)
+        module = self._net.module
+        with _in_eval_mode(module), torch.no_grad(), self._net.at(config):
+            given = self._function(module)
+        return Evaluation(config, self._metrics(given), self._costs.of(config))
+
+    def _recalibrate(self, config: Config) -> None:
+        # The statistics of the full network are the module's own.
+        if not self._net.has_running_statistics() or config == self._net.space.largest():
+            return
+        if config not in self._net.statistics:
+            recalibrate(self._net, config, self._data)
+
+    def _metrics(self, given: Any) -> dict[str, float]:
+        named = given if isinstance(given, Mapping) else {_name_of(self._function): given}
+        try:
+            return {str(name): float(value) for name, value in named.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SettingError(
+                f"evaluate must return a number or a mapping of names to numbers, got {given!r}"
+            ) from error
+
+
+def _name_of(function: Any) -> str:
+    """Names the one number that a function returns: after the function, if that tells."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", "")
+    return name if name.isidentifier() and not name.startswith(("eval", "_")) else "score"
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Returns 12 digits that change with the weights, from a sample of each parameter.
+
+    Args:
+        module: Any module; a step of any optimizer changes almost every element.
+    """
+    total = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        total.update(_sample(parameter.detach()).numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    few = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous()
+    return few.cpu().view(torch.uint8)

@@ -1,0 +1,109 @@
+"""What a search shows while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from supple.study.indicators import hypervolume
+from supple.study.objectives import Objective, minimised
+from supple.study.store import Evaluation
+
+__all__ = ["SearchProgress", "scaled_hypervolume"]
+
+_MARGIN = 0.1
+
+
+class SearchProgress:
+    """A line with the evaluations done, hypervolume, evaluations a minute and time left.
+
+    Args:
+        total: How many evaluations are wanted.
+        objectives: What is sought.
+        description: What the line begins with.
+        shown: Whether to show it at all.
+    """
+
+    def __init__(
+        self, total: int, objectives: Sequence[Objective], description: str, *, shown: bool
+    ) -> None:
+        self._objectives = tuple(objectives)
+        self._start = time.monotonic()
+        self._before: int | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("hypervolume {task.fields[volume]}"),
+            TextColumn("{task.fields[rate]} evaluations/min"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._bar.add_task(description, total=total, volume="-", rate="-")
+
+    def __enter__(self) -> SearchProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: Sequence[Evaluation]) -> None:
+        """Shows what was evaluated so far, by all workers."""
+        if self._bar.disable:
+            return
+        if self._before is None:
+            self._before = len(done)
+        minutes = (time.monotonic() - self._start) / 60
+        fresh = len(done) - self._before
+        values = minimised(self._objectives, (evaluation.values for evaluation in done))
+        volume = scaled_hypervolume(values)
+        self._bar.update(
+            self._task,
+            completed=len(done),
+            volume="-" if volume is None else f"{volume:.4f}",
+            rate=f"{fresh / minutes:.1f}" if fresh and minutes > 0 else "-",
+        )
+
+
+def scaled_hypervolume(values: NDArray[np.float64]) -> float | None:
+    """Returns the hypervolume in a box that the first two evaluations span.
+
+    A search begins with the largest and the smallest config, so the box is the same for all
+    searches of one network, and the figure can be compared between them.
+
+    Args:
+        values: Less is better, shape (evaluations, objectives).
+
+    Returns:
+        The volume beneath a corner a tenth of the box beyond it; None with fewer than two
+        finite evaluations.
+    """
+    finite = values[np.isfinite(values).all(axis=1)]
+    if len(finite) < 2:
+        return None
+    low, high = finite[:2].min(axis=0), finite[:2].max(axis=0)
+    # Where both are nearly equal, a tenth of the value stands in for their distance.
+    floor = _MARGIN * np.maximum(np.abs(low), np.abs(high))
+    width = np.maximum(high - low, np.where(floor > 0, floor, 1.0))
+    scaled = (finite - low) / width
+    return hypervolume(scaled, np.full(len(width), 1.0 + _MARGIN))
