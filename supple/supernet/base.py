@@ -1,0 +1,319 @@
+"""The room of supernet training: what a method is made of, and the parts several share.
+
+A method says which sizes each step trains (`sampler`), what each of them minimises
+(`criterion`), how their gradients meet (`aggregate`), and what it suggests beside. It holds no
+training code: `supple.training.step` runs what these values say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from supple.errors import SettingError
+from supple.space import Config, Space
+from supple.technique import Rule
+from supple.training.batches import Forward, Loss
+from supple.training.losses import Criterion, Labels
+from supple.training.schedule import Schedule
+from supple.training.step import Aggregation, Network, Pass, Sampler, SizesRun, StepOptions
+
+__all__ = [
+    "NestedSampler",
+    "Phase",
+    "PhasedSampler",
+    "RandomSampler",
+    "SandwichSampler",
+    "SupernetRule",
+    "nested_chain",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupernetRule(Rule):
+    """Trains the shared weights of an elastic network at several sizes.
+
+    Args:
+        aggregate: How the gradients of a step's passes meet on the shared weights: `sum`,
+            `mean` over the passes, or `masked_mean` over the passes that used the element.
+    """
+
+    aggregate: Aggregation = "sum"
+
+    def sampler(self, space: Space, generator: torch.Generator) -> Sampler:
+        """Says which sizes each step trains; by default one at random.
+
+        Args:
+            space: The sizes there are.
+            generator: The only source of randomness; equal on all ranks.
+
+        Returns:
+            The sampler of one run.
+        """
+        return RandomSampler(space, generator)
+
+    def criterion(self, loss: Loss) -> Criterion:
+        """Says what each role minimises; by default all of them the user's loss.
+
+        Args:
+            loss: `loss(output, batch) -> scalar`.
+
+        Returns:
+            The criterion of one run.
+        """
+        return Labels(loss)
+
+    def teachers(self, net: Network) -> Mapping[str, nn.Module]:
+        """Gives frozen networks whose outputs criteria look at, by role; by default none.
+
+        Args:
+            net: The network that is going to be trained.
+
+        Returns:
+            Role -> module.
+        """
+        return {}
+
+    def schedule(self) -> Schedule | None:
+        """Suggests how the learning rate goes, for users who don't say; by default constant."""
+        return None
+
+    def prepare(self, net: Network) -> None:
+        """Changes the weights before training from scratch, where the method asks for it.
+
+        `supple.train` calls it before a run that does not resume.
+
+        Args:
+            net: The network that is going to be trained.
+        """
+
+    def start(
+        self,
+        net: Network,
+        optimizer: Optimizer,
+        *_: Any,
+        loss: Loss,
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        options: StepOptions | None = None,
+    ) -> SizesRun:
+        """Begins training.
+
+        Args:
+            net: What `supple.elastic` gives.
+            optimizer: Over the parameters of `net.module`.
+            loss: `loss(output, batch) -> scalar`.
+            forward: `forward(model, batch) -> output`; by default by the batch's type.
+            generator: For sampling sizes, equal on all ranks; by default seeded with 0.
+            options: Clipping, precision, schedule, average.
+
+        Returns:
+            A run with `step(batch) -> losses by role`, `state_dict` and `load_state_dict`.
+
+        Raises:
+            SettingError: `net` is a plain module, or a value can't be used.
+        """
+        if isinstance(net, nn.Module):
+            raise SettingError(
+                f"{type(self).__name__} trains an elastic network, got a plain "
+                f"{type(net).__name__}; make one with supple.elastic(model, example_inputs)"
+            )
+        source = torch.Generator().manual_seed(0) if generator is None else generator
+        return SizesRun(
+            net,
+            optimizer,
+            self.sampler(net.space, source),
+            self.criterion(loss),
+            forward=forward,
+            aggregate=self.aggregate,
+            generator=source,
+            teachers=self.teachers(net),
+            options=options,
+        )
+
+
+@dataclass(frozen=True)
+class RandomSampler(Sampler):
+    """Trains uniformly random sizes, independent of one another.
+
+    Args:
+        space: The sizes there are.
+        generator: Source of randomness.
+        count: How many a step trains, at least 1.
+        shared: Whether each sees its own part of the batch, or all of them the whole of it.
+    """
+
+    space: Space
+    generator: torch.Generator
+    count: int = 1
+    shared: bool = False
+
+    def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
+        """Gives the passes of a step, all in role `random`."""
+        parts = self.count if self.shared else 1
+        return [
+            Pass(self.space.random(self.generator), "random", part=i % parts, parts=parts)
+            for i in range(self.count)
+        ]
+
+
+@dataclass(frozen=True)
+class SandwichSampler(Sampler):
+    """Trains the largest size, the smallest, and random ones between: the sandwich rule.
+
+    The largest comes first, so that others can learn from its output.
+
+    Args:
+        space: The sizes there are.
+        generator: Source of randomness.
+        count: How many random sizes, at least 0.
+        regularise_all: Whether dropout is on in all passes, or in the largest's only.
+        weight: Of the gradients of all but the largest.
+    """
+
+    space: Space
+    generator: torch.Generator
+    count: int = 2
+    regularise_all: bool = False
+    weight: float = 1.0
+
+    def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
+        """Gives the passes of a step in roles `largest`, `smallest` and `random`."""
+        others = [("smallest", self.space.smallest())]
+        others += [("random", self.space.random(self.generator)) for _ in range(self.count)]
+        return [
+            Pass(self.space.largest(), "largest"),
+            *(
+                Pass(config, role, weight=self.weight, regularise=self.regularise_all)
+                for role, config in others
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class NestedSampler(Sampler):
+    """Trains sizes of a nested chain, drawn uniformly, each on its own part of the batch.
+
+    Args:
+        chain: The sizes, smallest first.
+        generator: Source of randomness.
+        count: How many are drawn in a step, at least 1.
+    """
+
+    chain: Sequence[Config]
+    generator: torch.Generator
+    count: int = 1
+
+    def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
+        """Gives the passes of a step; the role `nested-3` is the fourth size of the chain."""
+        drawn: list[int] = torch.randint(
+            len(self.chain), (self.count,), generator=self.generator
+        ).tolist()
+        return [
+            Pass(self.chain[index], f"nested-{index}", part=part, parts=self.count)
+            for part, index in enumerate(drawn)
+        ]
+
+
+def nested_chain(space: Space, levels: int | None = None) -> list[Config]:
+    """Gives sizes from the smallest to the largest, each containing the one before.
+
+    Level $i$ of $n$ takes at every site the choice at the same fraction $i / (n - 1)$ of the
+    way, up to the site's full choice.
+
+    Args:
+        space: The sizes there are.
+        levels: $n$, at least 2; None for as many as the site with most choices has.
+
+    Returns:
+        Distinct configs, smallest first; fewer than `levels` where some coincide.
+
+    Raises:
+        SettingError: `levels` is below 2.
+
+    Example:
+        >>> from supple.space import Site
+        >>> space = Space([Site("a", "width", (2, 4, 8), 8), Site("b", "depth", (0, 1), 1)])
+        >>> [dict(config) for config in nested_chain(space)]
+        [{'a': 2, 'b': 0}, {'a': 4, 'b': 1}, {'a': 8, 'b': 1}]
+    """
+    offered = [site.choices[: site.choices.index(site.full) + 1] for site in space.sites]
+    if levels is None:
+        levels = max([2, *map(len, offered)])
+    if levels < 2:
+        raise SettingError(f"levels must be at least 2, got {levels}")
+    chain: dict[Config, None] = {}
+    for level in range(levels):
+        picked = {
+            # Rounded to the nearest choice, halves up.
+            site.name: choices[(2 * (len(choices) - 1) * level // (levels - 1) + 1) // 2]
+            for site, choices in zip(space.sites, offered, strict=True)
+        }
+        chain[space.config(picked)] = None
+    return list(chain)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with its own sampler.
+
+    Args:
+        share: How long it is, relative to the other phases, above 0.
+        sampler: Who samples then.
+    """
+
+    share: float
+    sampler: Sampler
+
+
+class PhasedSampler(Sampler):
+    """Hands over from one sampler to the next as the run goes on, as in progressive shrinking.
+
+    Args:
+        phases: In order, at least one.
+
+    Raises:
+        SettingError: There is no phase, or a share is not above 0.
+    """
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        if not phases or min(phase.share for phase in phases) <= 0:
+            raise SettingError(
+                f"phases must be at least one, with shares above 0, got {list(phases)}"
+            )
+        self.phases = tuple(phases)
+        self._now = phases[0].sampler
+
+    def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
+        """Gives the passes of the phase that the step lies in."""
+        if steps is None:
+            raise SettingError("phases need to know the number of steps; pass steps=")
+        self._now = self._at(step / steps)
+        return self._now.sample(step, steps)
+
+    def observe(self, entry: Pass, loss: Tensor, net: Network | nn.Module) -> None:
+        """Tells the present phase's sampler."""
+        self._now.observe(entry, loss, net)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives what the samplers have learned."""
+        return {"phases": [phase.sampler.state_dict() for phase in self.phases]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        for phase, one in zip(self.phases, state["phases"], strict=True):
+            phase.sampler.load_state_dict(one)
+
+    def _at(self, progress: float) -> Sampler:
+        end = 0.0
+        total = sum(phase.share for phase in self.phases)
+        for phase in self.phases:
+            end += phase.share / total
+            if progress < end:
+                return phase.sampler
+        return self.phases[-1].sampler
