@@ -231,7 +231,9 @@ class Elastic:
                 SuppleWarning,
                 stacklevel=2,
             )
-        return self._plan(chosen).extracted(self.statistics.get(chosen))
+        from supple.storage import noted
+
+        return noted(self, chosen, self._plan(chosen).extracted(self.statistics.get(chosen)))
 
     def _lacks_statistics(self, config: Config) -> bool:
         partial = config != self.space.largest()

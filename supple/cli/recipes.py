@@ -1,0 +1,83 @@
+"""`supple run` and `supple search`: recipes from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from supple.cli.errors import plain_errors
+
+__all__ = ["COMMANDS", "run", "search"]
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's."),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Apply the recipe's section `fast`.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder that holds the runs.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@plain_errors
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    fast: Fast = False,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: data, elastic, train, search, deploy, compare, report.
+
+    Everything goes to one folder; the same command goes on where a run was interrupted.
+    """
+    console, read = Console(), _read(recipe, overrides, fast, output)
+    from supple.recipe.run import run_recipe
+    from supple.report.table import networks_table
+
+    finished = run_recipe(read, allow_code=True, console=console, progress=not quiet)
+    wide = console if console.width >= 100 else Console(width=100)
+    wide.print()
+    wide.print(networks_table(finished.summary))
+    console.print(f"report   {finished.report}", highlight=False, soft_wrap=True)
+    for network in finished.summary.networks:
+        for file in network.files:
+            path = finished.folder / file
+            console.print(f"{network.name:8} {path}", highlight=False, soft_wrap=True)
+    console.print(
+        f"study    {finished.folder / 'search' / 'study.db'}", highlight=False, soft_wrap=True
+    )
+
+
+@plain_errors
+def search(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    fast: Fast = False,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe up to its search, and print the front.
+
+    With a larger search.evaluations the search goes on where it was.
+    """
+    console, read = Console(), _read(recipe, overrides, fast, output)
+    from supple.recipe.run import search_recipe
+
+    front = search_recipe(read, allow_code=True, console=console, progress=not quiet)
+    console.print(front)
+
+
+def _read(recipe: Path, overrides: list[str] | None, fast: bool, output: Path | None) -> Any:
+    from supple.recipe.load import load_recipe
+
+    read = load_recipe(recipe, overrides or (), fast=fast)
+    return read if output is None else read.model_copy(update={"output": str(output)})
+
+
+COMMANDS = (run, search)

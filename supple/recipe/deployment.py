@@ -1,0 +1,208 @@
+"""The deploy stages: one for each size, from the supernet to files that were checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import supple
+from supple.cost.count import count
+from supple.cost.measure import with_batch
+from supple.errors import BudgetError
+from supple.files import read_tensors, write_tensors
+from supple.recipe.bench import Bench, example_of
+from supple.recipe.schema import Budget
+from supple.recipe.stage import Outcome, Record, RunFolder
+from supple.space import Config
+from supple.study.front import Front
+from supple.study.objectives import goes_down
+from supple.technique import from_settings
+from supple.training.seeds import generator
+
+__all__ = [
+    "FULL",
+    "best_within",
+    "choose",
+    "config_of",
+    "deploy_size",
+    "read_example",
+    "save_example",
+]
+
+FULL, EXAMPLE = "full", "example.safetensors"
+
+
+def choose(bench: Bench, front: Front, budget: Budget) -> Config:
+    """Picks the best evaluated size within a budget.
+
+    Args:
+        bench: The run's parts.
+        front: What the search found.
+        budget: The bounds.
+
+    Raises:
+        BudgetError: No size meets them; the message names the nearest.
+    """
+    try:
+        return best_within(bench, front, budget.where)
+    except BudgetError as error:
+        raise type(error)(f"budget {budget.name!r}: {error}") from error
+
+
+def best_within(bench: Bench, front: Front, where: Mapping[str, str]) -> Config:
+    """The evaluated size within bounds that does best on the validation set.
+
+    Args:
+        bench: The run's parts.
+        front: What the search found.
+        where: Bounds by cost or figure.
+
+    Raises:
+        BudgetError: No size meets them; the message names the nearest.
+    """
+    if goes_down(bench.target):
+        return front.best(where=where, minimize=bench.target)
+    return front.best(where=where, maximize=bench.target)
+
+
+def deploy_size(
+    bench: Bench,
+    run: RunFolder,
+    name: str,
+    config: Config,
+    train: Record,
+    *,
+    where: dict[str, str] | None = None,
+) -> Record:
+    """Extracts a size, judges it on the test set, compresses, measures, saves and exports it.
+
+    Args:
+        bench: The run's parts, trained.
+        run: The run's folder.
+        name: `"full"` or the budget's name.
+        config: The size.
+        train: The training stage.
+        where: The budget.
+
+    Returns:
+        The stage's record: `config`, `elastic` and perhaps `compressed` (figures on the test
+        set), `costs`, `latency`, `spread`, `memory`, `device`, `file_bytes`, `files`.
+
+    Raises:
+        ExportError: A format refused the network (the message names the operator), or the
+            written file computes something else.
+    """
+    deploy = bench.recipe.deploy
+    inputs = {
+        "train": train.digest,
+        "config": dict(config),
+        "where": where or {},
+        "compress": [choice.model_dump(mode="json") for choice in deploy.compress],
+        "export": list(deploy.export),
+        "recalibration_batches": bench.recipe.search.recalibration_batches,
+        "metric": bench.metric,
+    }
+
+    def work(folder: Path) -> Outcome:
+        bench.recalibrate(config)
+        module = bench.net.extract(config).eval()
+        figures = {"elastic": _test(bench, module)}
+        if deploy.compress:
+            module = _compressed(bench, module)
+            figures["compressed"] = _test(bench, module)
+        args, kwargs = _inputs(bench)
+        supple.save(module, folder / "network")
+        save_example(bench, folder)
+        files = [_exported(module, folder, form, args, kwargs) for form in deploy.export]
+        result = {"config": dict(config), "where": where or {}, **figures}
+        result |= _measured(module, args, kwargs)
+        weights = [path for path in sorted((folder / "network").rglob("*")) if path.is_file()]
+        result["file_bytes"] = sum(
+            path.stat().st_size for path in weights if path.suffix == ".safetensors"
+        )
+        result["files"] = [str(path.relative_to(run.path)) for path in files]
+        return Outcome(result, (*weights, *files))
+
+    return run.perform(f"deploy/{name}", inputs, work)
+
+
+def config_of(record: Record) -> Config:
+    """The size that a deploy stage deployed."""
+    return Config(record.result["config"])
+
+
+def save_example(bench: Bench, folder: Path) -> None:
+    """Writes one test example beside a network, for whoever wants to run or export it.
+
+    Args:
+        bench: The run's parts.
+        folder: Where `example.safetensors` goes.
+    """
+    args, kwargs = _inputs(bench)
+    named = {str(place): tensor for place, tensor in enumerate(args)} | kwargs
+    write_tensors(folder / EXAMPLE, named)
+
+
+def read_example(network: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Reads the example beside or inside a network's folder.
+
+    Args:
+        network: The folder of a saved network.
+
+    Returns:
+        `args` and `kwargs`.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    beside = network.parent / EXAMPLE
+    tensors, _ = read_tensors(beside if beside.exists() else network / EXAMPLE)
+    places = sorted((name for name in tensors if name.isdigit()), key=int)
+    args = tuple(tensors.pop(name) for name in places)
+    return args, tensors
+
+
+def _test(bench: Bench, module: nn.Module) -> dict[str, float]:
+    return bench.task.evaluate(module, bench.splits.test.batches())
+
+
+def _compressed(bench: Bench, module: nn.Module) -> nn.Module:
+    """Applies the recipe's transforms in their order."""
+    for index, choice in enumerate(bench.recipe.deploy.compress):
+        transform = from_settings(choice.key, choice.settings)
+        module = transform.apply(
+            module,
+            calibration=bench.calibration,
+            loss=bench.task.loss,
+            generator=generator(bench.recipe.seed, "compress", index),
+        )
+    return module.eval()
+
+
+def _inputs(bench: Bench) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One example, as the deployed network will see it."""
+    args, kwargs = example_of(bench.splits.test.example(1))
+    return with_batch(1, args, kwargs)
+
+
+def _exported(
+    module: nn.Module, folder: Path, form: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Path:
+    return Path(supple.export(module, folder / f"network.{form}", args, kwargs))
+
+
+def _measured(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    found = supple.measure(module, args, kwargs)
+    assert found.latency is not None
+    return {
+        "costs": count(module, args, kwargs),
+        "latency": found.latency.median,
+        "spread": found.latency.spread,
+        "memory": found.memory,
+        "device": found.device,
+    }

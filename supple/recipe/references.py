@@ -1,0 +1,149 @@
+"""Checks what a recipe refers to: models, data, axes, techniques, costs, budgets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from supple.errors import RecipeError, SettingError, SuppleError, nearest
+from supple.quantity import bound
+from supple.recipe.load import Source, Where
+from supple.recipe.schema import Choice, Recipe
+
+__all__ = ["CLOSED_COSTS", "check_references"]
+
+CLOSED_COSTS = ("params", "macs", "weight_bytes", "activation_bytes")
+MEASURED_COSTS = ("latency", "memory")
+
+
+def check_references(recipe: Recipe, source: Source) -> None:
+    """Looks everything up that a recipe names, and fits the settings; builds nothing.
+
+    Args:
+        recipe: The recipe.
+        source: Where it was written, for the lines in messages.
+
+    Raises:
+        RecipeError: Something is unknown or does not fit; the message names the line.
+    """
+    _check_data(recipe, source)
+    _check_model(recipe, source)
+    for axis, settings in recipe.axes.items():
+        check = functools.partial(_axis, axis, settings)
+        _told(source, ("axes", axis), settings or {}, check)
+    _check_training(recipe, source)
+    techniques: list[tuple[Where, Choice, str]] = [
+        (("train", recipe.train.technique.key), recipe.train.technique, "rule"),
+        (("search", recipe.search.technique.key), recipe.search.technique, "search"),
+    ]
+    for index, choice in enumerate(recipe.deploy.compress):
+        techniques.append((("deploy", "compress", index, choice.key), choice, "transform"))
+    for where, choice, kind in techniques:
+        _check_technique(where, choice, kind, source)
+    _check_costs(recipe, source)
+
+
+def _told(
+    source: Source, where: Where, settings: Mapping[str, Any], check: Callable[[], object]
+) -> None:
+    """Runs a check; a wrong setting is told with its line."""
+    try:
+        check()
+    except RecipeError:
+        raise
+    except SuppleError as error:
+        # The message quotes the wrong name first, and perhaps the nearest right one after it.
+        places = {name: str(error).find(repr(str(name))) for name in settings}
+        named = sorted((place, name) for name, place in places.items() if place >= 0)
+        raise source.error((*where, *(name for _, name in named[:1])), str(error)) from error
+
+
+def _axis(name: str, settings: Mapping[str, Any] | None) -> None:
+    from supple.recipe.axes import axis_of
+
+    axis_of(name, settings)
+
+
+def _check_data(recipe: Recipe, source: Source) -> None:
+    from supple.data.base import loader
+    from supple.recipe.settings import fitted
+
+    key, settings = recipe.data.key, recipe.data.settings
+
+    def check() -> None:
+        for name in ("batch_size", "seed"):
+            if name in settings:
+                place = "train.batch_size" if name == "batch_size" else "seed"
+                raise SettingError(f"{name!r} of data is taken from {place}; set it there")
+        fitted(loader(key), settings, f"data {key!r}", given=("batch_size", "seed"))
+
+    _told(source, ("data", key), settings, check)
+
+
+def _check_model(recipe: Recipe, source: Source) -> None:
+    """Checks the model's key and settings, but opens no file and imports no code."""
+    from supple.models.base import builder, keys
+    from supple.recipe.models import model_source
+    from supple.recipe.settings import fitted
+
+    key, settings = recipe.model.key, recipe.model.settings
+
+    def check() -> None:
+        if key.removeprefix("models/") in keys():
+            fitted(builder(key), settings, f"model {key!r}")
+        elif ":" not in key and "folder" not in settings:
+            model_source(key, settings)
+
+    _told(source, ("model", key), settings, check)
+
+
+def _check_training(recipe: Recipe, source: Source) -> None:
+    import torch
+
+    from supple.training.loop import make_optimizer
+    from supple.training.schedule import schedule_of
+
+    train = recipe.train
+    _told(
+        source,
+        ("train", "optimizer"),
+        {},
+        lambda: make_optimizer(torch.nn.Linear(1, 1), train.optimizer),
+    )
+    _told(source, ("train", "schedule"), {}, lambda: schedule_of(train.schedule, train.warmup))
+
+
+def _check_technique(where: Where, choice: Choice, kind: str, source: Source) -> None:
+    from supple.technique import from_settings
+
+    def check() -> None:
+        technique = from_settings(choice.key, choice.settings)
+        if technique.kind != kind:
+            raise SettingError(
+                f"{choice.key} is of the kind {technique.kind!r}, this place wants a {kind}"
+            )
+
+    _told(source, where, choice.settings, check)
+
+
+def _check_costs(recipe: Recipe, source: Source) -> None:
+    for index, cost in enumerate(recipe.search.costs):
+        if cost not in CLOSED_COSTS and cost.split("[")[0] not in MEASURED_COSTS:
+            known = (*CLOSED_COSTS, "latency[batch=1]", "memory")
+            raise source.error(
+                ("search", "costs", index),
+                f"no cost is called {cost!r}{nearest(cost, known)}; use {', '.join(known)}",
+            )
+    allowed = (*recipe.search.costs, *CLOSED_COSTS, recipe.search.metric or "accuracy")
+    for index, budget in enumerate(recipe.deploy.budgets):
+        for cost, limit in budget.where.items():
+            where: Where = ("deploy", "budgets", index, cost)
+            if cost not in allowed:
+                raise source.error(
+                    where,
+                    f"budget {budget.name!r} bounds {cost!r}, which is not searched"
+                    f"{nearest(cost, allowed)}; search.costs has "
+                    f"{', '.join(recipe.search.costs)}",
+                )
+            _told(source, where, {}, functools.partial(bound, limit))

@@ -1,0 +1,254 @@
+"""Runs a recipe: the stages in their order, each told on the console, all in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from supple.errors import RecipeError
+from supple.files import write_text
+from supple.recipe.bench import Bench, build, gather, sources
+from supple.recipe.compare import compare_sizes, learning_rates
+from supple.recipe.deployment import FULL, choose, config_of, deploy_size
+from supple.recipe.dump import recipe_text
+from supple.recipe.front import front_of, search_front, search_inputs
+from supple.recipe.load import load_recipe
+from supple.recipe.schema import Recipe
+from supple.recipe.stage import Record, RunFolder
+from supple.recipe.summarise import summarise
+from supple.recipe.supernet import WEIGHTS, make_elastic, train_inputs, train_supernet
+from supple.recipe.weights import load_weights
+from supple.report.page import write_report
+from supple.report.summary import Summary
+from supple.report.words import seconds_text
+from supple.space import Config
+from supple.study.front import Front
+
+__all__ = ["Finished", "reopen", "run_recipe", "search_recipe"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to.
+
+    Args:
+        folder: The run's folder.
+        summary: Its figures.
+        report: The page.
+    """
+
+    folder: Path
+    summary: Summary
+    report: Path
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    allow_code: bool = False,
+    console: Console | None = None,
+    progress: bool = True,
+) -> Finished:
+    """Runs a recipe from data to deployed networks and their report.
+
+    Everything goes to `<output>/<name>`. A stage that was finished from the same inputs is
+    taken from its record; an interrupted one goes on from its last checkpoint or evaluation.
+    Where the recipe has changed, the stages that depend on the change are computed anew and
+    replace the former ones (a larger number of evaluations only adds to the study).
+
+    Args:
+        recipe: The recipe.
+        allow_code: Whether `module:callable` may be run.
+        console: Where stages are announced; nowhere by default.
+        progress: Whether progress bars are shown.
+
+    Returns:
+        Folder, figures and page.
+
+    Raises:
+        SuppleError: Something can't be done; the message says what would do.
+    """
+    console = console or Console(quiet=True)
+    run = RunFolder(Path(recipe.output) / recipe.name)
+    with run.claimed(), _threads(recipe.threads):
+        write_text(run.path / "recipe.yaml", recipe_text(recipe))
+        bench, front = _searched(recipe, run, console, allow_code, progress)
+        deployed = _deploy_all(bench, run, front, console)
+        compared = _compare_all(bench, run, deployed, console, allow_code, progress)
+        summary = summarise(bench, run, front, deployed, compared)
+        with _stage(console, "report"):
+            page, *_ = write_report(summary, run.path)
+    return Finished(run.path, summary, page)
+
+
+def search_recipe(
+    recipe: Recipe,
+    *,
+    allow_code: bool = False,
+    console: Console | None = None,
+    progress: bool = True,
+) -> Front:
+    """Runs a recipe up to its search, in the same folder as `run_recipe`.
+
+    Args:
+        recipe: The recipe.
+        allow_code: Whether `module:callable` may be run.
+        console: Where stages are announced; nowhere by default.
+        progress: Whether progress bars are shown.
+
+    Returns:
+        The front.
+    """
+    console = console or Console(quiet=True)
+    run = RunFolder(Path(recipe.output) / recipe.name)
+    with run.claimed(), _threads(recipe.threads):
+        write_text(run.path / "recipe.yaml", recipe_text(recipe))
+        return _searched(recipe, run, console, allow_code, progress)[1]
+
+
+def reopen(folder: Path, *, allow_code: bool = False) -> tuple[Bench, Front | None]:
+    """Gives the trained network of a run, and its front where it was searched.
+
+    Args:
+        folder: The run's folder.
+        allow_code: Whether `module:callable` may be run.
+
+    Returns:
+        The bench with trained weights, and the front or None.
+
+    Raises:
+        RecipeError: There is no run there, or it has not been trained from its recipe yet.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder} is no run's folder: it has no recipe.yaml")
+    run = RunFolder(folder)
+    materials = gather(load_recipe(folder / "recipe.yaml"), allow_code=allow_code)
+    elastic = run.finished("elastic", sources(materials))
+    if elastic is None:
+        raise RecipeError(f"{folder} holds no trained network; finish it with `supple run`")
+    bench = build(materials, failed=elastic.result["failed"])
+    train = run.finished("train", train_inputs(bench, elastic))
+    if train is None:
+        raise RecipeError(f"{folder} holds no trained network; finish it with `supple run`")
+    load_weights(bench.net.module, train.folder / WEIGHTS)
+    extent = {"evaluations": bench.recipe.search.evaluations}
+    searched = run.finished("search", search_inputs(bench, train), extent)
+    return bench, None if searched is None else front_of(searched)
+
+
+def _searched(
+    recipe: Recipe, run: RunFolder, console: Console, allow_code: bool, progress: bool
+) -> tuple[Bench, Front]:
+    """Data, model, verification, training, search."""
+    with _stage(console, "data", f"{recipe.data.key}, model {recipe.model.key}"):
+        materials = gather(recipe, allow_code=allow_code)
+    axes = ", ".join(recipe.axes) or "width, heads, depth"
+    with _stage(console, "elastic", axes) as told:
+        bench, elastic = make_elastic(materials, run)
+        space = bench.net.space
+        told.result = f"{len(space.sites)} sites, {_size(space.size())} sizes, verified"
+        told.reused = elastic.reused
+    train = recipe.train
+    length = f"{train.epochs} epochs" if train.epochs else f"{train.steps} steps"
+    with _stage(console, "train", f"{train.technique.key}, {length}") as told:
+        trained = train_supernet(bench, run, elastic, progress=progress)
+        told.result = f"{trained.result['steps']:,} steps, {trained.result['passes']:,} passes"
+        told.reused = trained.reused
+    count = recipe.search.evaluations
+    with _stage(console, "search", f"{recipe.search.technique.key}, {count} sizes") as told:
+        front, searched = search_front(bench, run, trained, progress=progress)
+        told.result = str(front)
+        told.reused = searched.reused
+    return bench, front
+
+
+def _deploy_all(
+    bench: Bench, run: RunFolder, front: Front, console: Console
+) -> dict[str, Record]:
+    """The full network and one network for each budget."""
+    sizes: dict[str, tuple[Config, dict[str, str]]]
+    sizes = {FULL: (bench.net.space.largest(), {})}
+    for budget in bench.recipe.deploy.budgets:
+        sizes[budget.name] = (choose(bench, front, budget), dict(budget.where))
+    deployed = {}
+    for name, (config, where) in sizes.items():
+        with _stage(console, "deploy", name) as told:
+            train = run.records["train"]
+            record = deploy_size(bench, run, name, config, train, where=where)
+            told.result = ", ".join(record.result["files"]) or "not exported"
+            told.reused = record.reused
+        deployed[name] = record
+    return deployed
+
+
+def _compare_all(
+    bench: Bench,
+    run: RunFolder,
+    deployed: dict[str, Record],
+    console: Console,
+    allow_code: bool,
+    progress: bool,
+) -> dict[str, Record]:
+    if not bench.recipe.compare.alone:
+        return {}
+    sizes = {name: config_of(record) for name, record in deployed.items()}
+    rates = ", ".join(f"{lr:.3g}" for lr in learning_rates(bench.recipe))
+    columns = (TextColumn("alone"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        _stage(console, "compare", f"{len(sizes)} sizes alone, each with lr {rates}") as told,
+        Progress(*columns, console=console, disable=not progress, transient=True) as bar,
+    ):
+        task = bar.add_task("alone", total=None)
+        elastic, train = run.records["elastic"], run.records["train"]
+        found = compare_sizes(
+            bench,
+            run,
+            elastic,
+            train,
+            sizes,
+            allow_code=allow_code,
+            tell=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        told.reused = all(record.reused for record in found.values())
+    return found
+
+
+@dataclass
+class _Told:
+    """What a stage's closing line says."""
+
+    result: str = ""
+    reused: bool = False
+
+
+@contextlib.contextmanager
+def _stage(console: Console, name: str, what: str = "") -> Iterator[_Told]:
+    """Announces a stage, and closes with what came of it and how long it took."""
+    console.print(f"[bold]{name:8}[/bold] {what}", highlight=False)
+    told, start = _Told(), time.perf_counter()
+    yield told
+    took = "from the earlier run" if told.reused else seconds_text(time.perf_counter() - start)
+    result = f"{told.result}, " if told.result else ""
+    console.print(f"         [green]✓[/green] [dim]{result}{took}[/dim]", highlight=False)
+
+
+def _size(number: int) -> str:
+    return f"{number:,}" if number < 10**9 else f"{float(number):.2e}"
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

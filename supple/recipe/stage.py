@@ -1,0 +1,234 @@
+"""Stages of a run: computed once, recorded, and taken from the record afterwards.
+
+Each stage owns a folder of the run. `begun.json` says from what it is being computed,
+`done.json`, written last, what came out and which files belong to it. A run that was killed
+finds the folder with a beginning of the same inputs and goes on inside it (checkpoints, the
+study); where the inputs changed, the folder is emptied and the stage computed anew, and so are
+the stages behind it, because the hash of each stage goes into the next one's inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from supple import files
+from supple.errors import CheckpointError, RecipeError
+
+__all__ = ["Outcome", "Record", "RunFolder"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the work of a stage came to.
+
+    Args:
+        result: Figures, JSON-able.
+        outputs: Files that belong to the stage, below its folder; their checksums are kept.
+    """
+
+    result: Mapping[str, Any]
+    outputs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished stage.
+
+    Args:
+        name: Name of the stage, also its folder's.
+        digest: Hash of its inputs; part of the inputs of the stages behind it.
+        result: What its work gave.
+        seconds: Wall time of the work, of the last attempt if it was interrupted.
+        reused: Whether it was taken from an earlier run.
+        folder: Where its files lie.
+    """
+
+    name: str
+    digest: str
+    result: dict[str, Any]
+    seconds: float
+    reused: bool
+    folder: Path
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: The folder; it is created.
+    """
+
+    path: Path
+    records: dict[str, Record] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder for this process; the system lets go when the process ends.
+
+        Raises:
+            CheckpointError: The folder can't be written.
+            RecipeError: Another process is running in it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise RecipeError(
+                f"another process is running in {self.path}; wait for it, or choose another "
+                "folder with --output"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"can't write to the run's folder {self.path}: {error.strerror or error}; "
+                "choose another with --output"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def finished(
+        self, name: str, inputs: Mapping[str, Any], extent: Mapping[str, Any] | None = None
+    ) -> Record | None:
+        """Gives a stage's record if it was computed from the same inputs and its files stand.
+
+        Args:
+            name: Name of the stage.
+            inputs: What the stage is computed from, JSON-able.
+            extent: How far it goes, such as a number of evaluations.
+
+        Returns:
+            The record, or None where there is something to compute.
+
+        Raises:
+            CheckpointError: The record or a file of the stage is damaged.
+        """
+        folder = self.path / name
+        if not (folder / "done.json").exists():
+            return None
+        done = files.read_json(folder / "done.json")
+        digest = _digest(name, inputs, extent)
+        if done["digest"] != digest or not _outputs_stand(folder, done["outputs"]):
+            return None
+        record = Record(name, digest, done["result"], done["seconds"], True, folder)
+        self.records[name] = record
+        return record
+
+    def perform(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        work: Callable[[Path], Outcome],
+        *,
+        extent: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Computes a stage, or takes it from its record.
+
+        Args:
+            name: Name of the stage.
+            inputs: What it is computed from; where this changed, its folder is emptied first.
+            work: Does it, given the stage's folder, which may hold an interrupted attempt.
+            extent: How far it goes; where only this changed, the work goes on in the folder.
+
+        Returns:
+            The record.
+
+        Raises:
+            CheckpointError: The folder can't be written, or a file in it is damaged.
+        """
+        found = self.finished(name, inputs, extent)
+        if found is not None:
+            return found
+        folder = self.begin(name, inputs)
+        start = time.perf_counter()
+        outcome = work(folder)
+        return self.complete(name, inputs, outcome, time.perf_counter() - start, extent)
+
+    def begin(self, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Prepares a stage's folder: kept if it was begun from the same inputs, else emptied.
+
+        Args:
+            name: Name of the stage.
+            inputs: What it is computed from.
+
+        Returns:
+            The folder.
+        """
+        folder = self.path / name
+        identity = _digest(name, inputs, None)
+        begun = folder / "begun.json"
+        if folder.exists() and not (
+            begun.exists() and files.read_json(begun)["identity"] == identity
+        ):
+            shutil.rmtree(folder)
+        # The record of a smaller extent must not outlive the start of the larger one.
+        (folder / "done.json").unlink(missing_ok=True)
+        files.write_json(begun, {"identity": identity, "inputs": dict(inputs)})
+        return folder
+
+    def complete(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outcome: Outcome,
+        seconds: float,
+        extent: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Writes the record of a stage; from then on it is not computed again.
+
+        Args:
+            name: Name of the stage.
+            inputs: What it was computed from.
+            outcome: What came out.
+            seconds: How long it took.
+            extent: How far it went.
+
+        Returns:
+            The record.
+        """
+        folder = self.path / name
+        digest = _digest(name, inputs, extent)
+        sums = {
+            str(path.relative_to(folder)): files.checksum(path.read_bytes())
+            for path in outcome.outputs
+        }
+        done = {
+            "stage": name,
+            "digest": digest,
+            "seconds": seconds,
+            "result": dict(outcome.result),
+            "outputs": sums,
+        }
+        files.write_json(folder / "done.json", done)
+        result = files.read_json(folder / "done.json")["result"]
+        record = Record(name, digest, result, seconds, False, folder)
+        self.records[name] = record
+        return record
+
+
+def _digest(name: str, inputs: Mapping[str, Any], extent: Mapping[str, Any] | None) -> str:
+    return files.checksum({"stage": name, "inputs": inputs, "extent": extent})
+
+
+def _outputs_stand(folder: Path, sums: Mapping[str, str]) -> bool:
+    """Whether all files are there; one that changed is an error, not a reason to recompute."""
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.exists():
+            return False
+        if files.checksum(path.read_bytes()) != expected:
+            raise CheckpointError(
+                f"{path} is not what its stage wrote (checksum differs): put it back, or "
+                f"delete {folder} to compute the stage again"
+            )
+    return True

@@ -1,0 +1,24 @@
+import pytest
+
+from supple.axes.depth import Depth
+from supple.axes.width import Width
+from supple.errors import SettingError
+from supple.recipe.axes import axes_of, axis_names
+
+
+def test_every_axis_file_is_an_axis_of_that_name():
+    for name in axis_names():
+        [axis] = axes_of({name: None})
+        assert axis.name == name
+    assert {"width", "heads", "depth", "resolution"} <= set(axis_names())
+
+
+def test_settings_become_fields_and_nothing_leaves_the_choice_to_elastic():
+    axes = axes_of({"width": {"choices": ["0.5", 1.0], "divisor": 4}, "depth": {}})
+    assert axes == [Width((0.5, 1.0), divisor=4), Depth()]
+    assert axes_of({}) is None
+
+
+def test_an_unknown_axis_is_told_with_the_nearest():
+    with pytest.raises(SettingError, match="no axis 'dept', did you mean 'depth'"):
+        axes_of({"dept": {}})

@@ -1,0 +1,108 @@
+import pytest
+
+from supple.errors import CheckpointError, RecipeError
+from supple.recipe.stage import Outcome, RunFolder
+
+
+class Work:
+    """Counts how often it is done; writes one file."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __call__(self, folder):
+        self.times += 1
+        path = folder / "out.txt"
+        path.write_text(f"time {self.times}")
+        return Outcome({"time": self.times}, (path,))
+
+
+def test_a_finished_stage_is_taken_from_its_record(tmp_path):
+    work = Work()
+    first = RunFolder(tmp_path).perform("train", {"lr": 0.1}, work)
+    again = RunFolder(tmp_path).perform("train", {"lr": 0.1}, work)
+    assert (work.times, first.reused, again.reused) == (1, False, True)
+    assert again.result == {"time": 1}
+    assert again.digest == first.digest
+
+
+def test_changed_inputs_empty_the_folder_and_change_the_digest(tmp_path):
+    work = Work()
+    first = RunFolder(tmp_path).perform("train", {"lr": 0.1}, work)
+    (first.folder / "stray").write_text("of the old inputs")
+    second = RunFolder(tmp_path).perform("train", {"lr": 0.2}, work)
+    assert work.times == 2
+    assert second.digest != first.digest
+    assert not (second.folder / "stray").exists()
+
+
+def test_a_killed_stage_goes_on_in_its_folder(tmp_path):
+    def killed(folder):
+        (folder / "checkpoint").write_text("half way")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder(tmp_path).perform("train", {"lr": 0.1}, killed)
+
+    def goes_on(folder):
+        return Outcome({"found": (folder / "checkpoint").read_text()})
+
+    record = RunFolder(tmp_path).perform("train", {"lr": 0.1}, goes_on)
+    assert record.result == {"found": "half way"}
+
+
+def test_a_larger_extent_goes_on_and_a_smaller_one_is_not_taken_for_it(tmp_path):
+    def count(folder):
+        path = folder / "study"
+        path.write_text((path.read_text() if path.exists() else "") + "x")
+        return Outcome({"study": path.read_text()})
+
+    run = RunFolder(tmp_path)
+    for evaluations, expected in ((10, "x"), (20, "xx"), (20, "xx")):
+        record = run.perform("search", {"a": 1}, count, extent={"evaluations": evaluations})
+        assert record.result == {"study": expected}
+
+
+def test_a_file_with_one_flipped_byte_is_refused_by_name(tmp_path):
+    work = Work()
+    record = RunFolder(tmp_path).perform("train", {}, work)
+    path = record.folder / "out.txt"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(CheckpointError, match=r"out\.txt is not what its stage wrote"):
+        RunFolder(tmp_path).perform("train", {}, work)
+    assert work.times == 1
+
+
+def test_a_deleted_file_is_computed_again(tmp_path):
+    work = Work()
+    record = RunFolder(tmp_path).perform("train", {}, work)
+    (record.folder / "out.txt").unlink()
+    assert RunFolder(tmp_path).perform("train", {}, work).result == {"time": 2}
+
+
+def test_a_record_edited_by_hand_is_refused(tmp_path):
+    record = RunFolder(tmp_path).perform("train", {}, Work())
+    done = record.folder / "done.json"
+    done.write_text(done.read_text().replace('"time": 1', '"time": 9'))
+    with pytest.raises(CheckpointError, match=r"done\.json"):
+        RunFolder(tmp_path).finished("train", {})
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path):
+    with (
+        RunFolder(tmp_path).claimed(),
+        pytest.raises(RecipeError, match="another process is running in"),
+        RunFolder(tmp_path).claimed(),
+    ):
+        pass
+    with RunFolder(tmp_path).claimed():
+        pass
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(CheckpointError, match=r"can't write to the run's folder .*file"),
+        RunFolder(tmp_path / "file" / "run").claimed(),
+    ):
+        pass
