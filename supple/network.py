@@ -8,7 +8,7 @@ get the values of the chosen size, and containers are shortened; on exit everyth
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import threading
 import time
 import warnings
@@ -26,7 +26,8 @@ from supple.axes.heads import Heads
 from supple.axes.width import Width
 from supple.errors import ConcurrencyError, SettingError, SuppleWarning, UnsupportedModelError
 from supple.graph.couple import Graph, analyse
-from supple.graph.dims import Atom, positions
+from supple.graph.dims import Atom
+from supple.graph.order import expand_order, l1, permute
 from supple.plan import Plan
 from supple.space import Config, Fixed, Site, Space
 
@@ -311,7 +312,9 @@ class Elastic:
         Raises:
             SettingError: A site does not exist, or a score has the wrong length.
         """
-        scores = self._l1() if isinstance(importance, str) else dict(importance)
+        scores = self._l1() if importance == "l1" else importance
+        if isinstance(scores, str):
+            raise SettingError(f"importance must be 'l1' or a mapping, got {scores!r}")
         order: dict[Atom, np.ndarray] = {}
         for name, score in scores.items():
             group = getattr(self.space.site(name), "group", None)
@@ -321,23 +324,13 @@ class Elastic:
                     f"({getattr(group, 'full', 0)},), got {tuple(score.shape)}"
                 )
             rank = torch.argsort(score.detach().cpu(), descending=True, stable=True).numpy()
-            order.update(expand_order(group.atoms, group.full, rank))
+            order.update(expand_order(group, rank))
         permute(self.module, self.graph, order)
         self.drop_statistics()
 
     def _l1(self) -> dict[str, Tensor]:
-        owned = dict(self.module.named_parameters())
-        scores: dict[str, Tensor] = {}
-        for site in self.space.sites:
-            group = getattr(site, "group", None)
-            if group is None:
-                continue
-            total = torch.zeros(group.full)
-            for name, dim in group.members:
-                if name in owned:
-                    total += _per_unit(owned[name], dim, self.graph.tensors[name], group)
-            scores[site.name] = total
-        return scores
+        groups = {site.name: getattr(site, "group", None) for site in self.space.sites}
+        return {name: l1(self.graph, group) for name, group in groups.items() if group}
 
     # --- plans ----------------------------------------------------------------------------
 
@@ -357,6 +350,14 @@ class Elastic:
             plan = self._plans[config] = Plan(self.graph, self.patch(config))
         return plan
 
+    def on(self, model: nn.Module) -> Elastic:
+        """The same sites on another module of the same structure (a copy, say)."""
+        graph = dataclasses.replace(self.graph, model=model)
+        twin = Elastic(graph, self.args, self.kwargs, self.axes)
+        twin.space = self.space
+        twin.verified = self.verified
+        return twin
+
     def remove_sites(self, reasons: Mapping[str, str]) -> None:
         """Make sites fixed, with the reason for each."""
         left = [site for site in self.space.sites if site.name not in reasons]
@@ -367,8 +368,6 @@ class Elastic:
 
     def _conditioned(self, sites: list[Site]) -> list[Site]:
         """Sites with the conditions under which they exist: their block is not left out."""
-        from dataclasses import replace
-
         dropping = [
             (site, {c: self._axis_of[site.name].patch(site, c).dropped for c in site.choices})
             for site in sites
@@ -384,50 +383,9 @@ class Elastic:
                 }
                 if depth.name != site.name and len(alive) < len(by_choice):
                     inside.append((depth.name, frozenset(alive)))
-            result.append(replace(site, inside=tuple(inside)))
+            result.append(dataclasses.replace(site, inside=tuple(inside)))
         return result
 
 
 def _all_in(paths: Sequence[str], blocks: frozenset[str]) -> bool:
     return all(any(p == b or p.startswith(b + ".") for b in blocks) for p in paths)
-
-
-def expand_order(
-    atoms: Sequence[Atom], full: int, order: np.ndarray
-) -> dict[Atom, np.ndarray]:
-    """An order of a group's units as an order of each atom's positions."""
-    result: dict[Atom, np.ndarray] = {}
-    for atom in atoms:
-        if atom.size % full == 0:
-            run = atom.size // full
-            result[atom] = (order[:, None] * run + np.arange(run)[None, :]).reshape(-1)
-        else:  # the atom has fewer positions than the group has units: whole runs move
-            run = full // atom.size
-            result[atom] = np.array(list(dict.fromkeys((order // run).tolist())))
-    return result
-
-
-@torch.no_grad()
-def permute(model: nn.Module, graph: Graph, order: Mapping[Atom, np.ndarray]) -> None:
-    """Reorder the positions of parameters and buffers in place, coupled ones together."""
-    owned = dict(model.named_parameters())
-    owned.update(model.named_buffers())
-    for name, dims in graph.tensors.items():
-        tensor = owned[name]
-        for dim, structure in enumerate(dims):
-            index = positions(structure, order)
-            if not np.array_equal(index, np.arange(tensor.shape[dim])):
-                tensor.copy_(tensor.index_select(dim, torch.as_tensor(index, device=tensor.device)))
-
-
-def _per_unit(weight: Tensor, dim: int, dims: Sequence[Any], group: Any) -> Tensor:
-    """Sum of absolute weights per unit of a group along one dimension of a parameter."""
-    reduce = [d for d in range(weight.dim()) if d != dim]
-    row = weight.detach().abs().float()
-    row = (row.sum(reduce) if reduce else row).cpu()
-    total = torch.zeros(group.full)
-    for unit in range(group.full):
-        order = expand_order(group.atoms, group.full, np.array([unit]))
-        index = positions(dims[dim], order)
-        total[unit] = row[torch.as_tensor(index)].sum()
-    return total

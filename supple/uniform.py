@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fitted", "uniform_config"]
 
-_MOST_TRIED, _MOST_BUILDS = 128, 2000
+_MOST_TRIED, _MOST_BUILDS = 128, 400  # values of a setting, models for a network
 Place = tuple[str, str, str | int]
 """A size in a network: kind (`tensor`, `integer`, `length`), path, and dimension or name."""
 Setting = tuple[str | int, ...]
@@ -112,13 +112,15 @@ def _found(module: nn.Module, args: Any, kwargs: Any) -> list[tuple[Setting, Any
     model = _of_transformers(module)
     origin = rebuild.provenance_of(model)["base"]["origin"]
     search = _Search(origin, module)
+    reason = ""
     for config in search.candidates():
         if search.same_outputs(config, args, kwargs):
             return list(_changes(json.loads(model.config.to_json_string(False)), config))
-    what = type(module).__name__
+        reason = "the one that gives its sizes computes something else with its weights"
+    what, reason = type(module).__name__, reason or search.why
     raise UnsupportedModelError(
         f"no configuration describes this {what}: "
-        f"{search.why or 'with the weights of this network, it computes something else'}; "
+        f"{reason}; "
         "extract a uniform size, or save it with supple.save"
     )
 
@@ -144,19 +146,25 @@ def _sizes(module: nn.Module) -> dict[Place, int]:
 @functools.lru_cache(maxsize=256)
 def _sizes_of(origin: str) -> dict[Place, int] | None:
     """Sizes of what an origin builds; None if it can't be built."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return _sizes(rebuild.build(json.loads(origin), allow_code=True))
     except Exception:  # whatever a model says of a configuration that can't be
         return None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _settings(config: Any, at: Setting = ()) -> Iterator[tuple[Setting, int]]:
-    """Every whole number above one in a configuration."""
+    """Every whole number above one in a configuration, its lists and its parts."""
     items = config.items() if isinstance(config, dict) else enumerate(config)
     for key, value in items:
         if type(value) is int and value > 1:
             yield (*at, key), value
-        elif isinstance(value, (dict, list)):
+        elif isinstance(value, list) or (isinstance(value, dict) and "model_type" in value):
             yield from _settings(value, (*at, key))
 
 
@@ -169,13 +177,20 @@ def _changes(before: Any, after: Any, at: Setting = ()) -> Iterator[tuple[Settin
             yield (*at, key), value
 
 
+def _get(config: Any, setting: Setting) -> int:
+    for key in setting:
+        config = config[key]
+    return int(config)
+
+
 def _set(config: Any, setting: Setting, value: Any) -> None:
     """Sets a number in a configuration, as JSON or as an object of `transformers`."""
     *path, last = setting
     for key in path:
         config = config[key] if isinstance(config, (dict, list)) else getattr(config, str(key))
     if isinstance(config, (dict, list)):
-        config[last] = value  # type: ignore[index]
+        entries: Any = config
+        entries[last] = value
     else:
         setattr(config, str(last), value)
 
@@ -220,17 +235,10 @@ class _Search:
     why: str = ""
     builds: int = 0
     target: dict[Place, int] = field(init=False)
+    _first_sizes: dict[Place, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.target = _sizes(self.module)
-
-    @functools.cached_property
-    def _idle(self) -> frozenset[Setting]:
-        """Settings that change no size (ids of tokens, say): they need not be tried again."""
-        config = self.origin["config"]
-        sizes = self._build(config) or {}
-        moves = self._moves(config, sizes, set(sizes))
-        return frozenset(setting for setting, _ in _settings(config) if setting not in moves)
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Configurations that give every tensor its shape."""
@@ -238,6 +246,7 @@ class _Search:
         sizes = None if config is None else self._build(config)
         if config is None or sizes is None:
             return
+        self._first_sizes = sizes
         if not self._same_places(sizes):
             return
         # An integer that differs now was set by the extraction. The others may be left over
@@ -248,7 +257,7 @@ class _Search:
             if place[0] == "tensor"
             or (place[0] == "integer" and sizes.get(place, 0) != self.target[place])
         }
-        yield from self._solved(config, known & sizes.keys(), self._idle)
+        yield from self._solved(config, known & sizes.keys(), frozenset())
 
     def _build(self, config: dict[str, Any]) -> dict[Place, int] | None:
         self.builds += 1
@@ -303,7 +312,7 @@ class _Search:
 
     def _set_depth(self, config: dict[str, Any], setting: Setting, value: int) -> None:
         """Sets a depth; shortens lists with an entry per block if the model asks for it."""
-        before = dict(_settings(config))[setting]
+        before = _get(config, setting)
         _set(config, setting, value)
         holder: Any = config
         for key in setting[:-1]:
@@ -346,7 +355,13 @@ class _Search:
         settled: frozenset[Setting],
     ) -> Iterator[tuple[dict[str, Any], frozenset[Setting]]]:
         """What to change next, the surest first, and the settings that are settled then."""
-        moves = self._moves(config, sizes, known, settled)
+        multiples = {self._first_sizes[p] for p in wrong}
+        likely = [
+            setting
+            for setting, value in _settings(self.origin["config"])
+            if setting not in settled and any(size % value == 0 for size in multiples)
+        ]
+        moves = self._moves(config, sizes, known, wrong, likely)
         movers = Counter(place for moved in moves.values() for place in moved)
         right = {place for place in known - wrong if place[0] == "tensor"}
         # A size that is right may change if another setting can change it back.
@@ -358,54 +373,44 @@ class _Search:
             for setting in shared if values == {} else ():  # as many as can stay as they are
                 yield config, settled | {setting}
         self.why = self.why or self._unmoved(config, sizes, wrong, moves, right)
-        for setting in moves:
-            yield from self._by_trial(config, sizes, known, setting, settled)
 
-    def _by_trial(
-        self,
-        config: dict[str, Any],
-        sizes: dict[Place, int],
-        known: set[Place],
-        setting: Setting,
-        settled: frozenset[Setting],
-    ) -> Iterator[tuple[dict[str, Any], frozenset[Setting]]]:
-        """The value of a small setting with which most sizes are right."""
-        scores = {value: 0 for value in range(1, self._value(setting) + 1)}
-        if len(scores) > _MOST_TRIED:
-            return
-        for value in scores:
+    def _by_trial(self, config: dict[str, Any], setting: Setting, place: Place) -> int:
+        """The value of a small setting that gives a size; 0 if there is none."""
+        for value in range(1, min(_get(self.origin["config"], setting), _MOST_TRIED) + 1):
             changed = self._build(_with(config, {setting: value})) or {}
-            scores[value] = sum(changed.get(p) == self.target[p] for p in known)
-        best = max(scores, key=lambda value: scores[value])
-        if scores[best] > sum(sizes[p] == self.target[p] for p in known):
-            yield _with(config, {setting: best}), settled | {setting}
-
-    def _value(self, setting: Setting) -> int:
-        """What the base's configuration says."""
-        return dict(_settings(self.origin["config"]))[setting]
+            if changed.get(place) == self.target[place]:
+                return value
+        return 0
 
     def _moves(
         self,
         config: dict[str, Any],
         sizes: dict[Place, int],
         known: set[Place],
-        settled: frozenset[Setting] = frozenset(),
+        wanted: set[Place],
+        settings: Sequence[Setting],
     ) -> dict[Setting, dict[Place, float]]:
-        """For each setting, the sizes that it changes and how fast."""
+        """For each setting that changes a wanted size: what it changes, and how fast.
+
+        The speed is 0 where it is not constant.
+        """
         found: dict[Setting, dict[Place, float]] = {}
-        for setting, value in _settings(config):
-            if setting in settled:
-                continue
+        for setting in settings:
             trials: list[dict[Place, float]] = []
+            value = _get(config, setting)
             for other in (2 * value, value // 2, value + 1, value - 1):
-                changed = self._build(_with(config, {setting: other}))
-                if changed is not None and known <= changed.keys() and len(trials) < 2:
-                    moved = {p: changed[p] - sizes[p] for p in known if changed[p] != sizes[p]}
-                    trials.append({p: by / (other - value) for p, by in moved.items()})
-            # What moves once only was rounded; a slope that is not constant tells nothing.
-            for place in set.intersection(*map(set, trials)) if trials else ():
-                same = len({trial[place] for trial in trials}) == 1
-                found.setdefault(setting, {})[place] = trials[0][place] if same else 0.0
+                changed = self._build(_with(config, {setting: other})) if other else None
+                if changed is None or not known <= changed.keys():
+                    continue
+                moved = {p: changed[p] - sizes[p] for p in known if changed[p] != sizes[p]}
+                trials.append({p: by / (other - value) for p, by in moved.items()})
+                if len(trials) == 2 or not moved.keys() & wanted:
+                    break
+            # What moves once only was rounded.
+            places = set.intersection(*map(set, trials)) if trials else set()
+            if places & wanted:
+                constant = {p for p in places if len({trial[p] for trial in trials}) == 1}
+                found[setting] = {p: trials[0][p] if p in constant else 0.0 for p in places}
         return found
 
     def _determined(
@@ -416,7 +421,6 @@ class _Search:
         able: dict[Setting, dict[Place, float]],
     ) -> tuple[dict[Setting, int] | None, list[Setting]]:
         """Values that sizes with one setting ask for, and the settings of the others."""
-        now = dict(_settings(config))
         wanted: dict[Setting, dict[int, Place]] = {}
         shared: dict[Setting, None] = {}
         for place in sorted(wrong, key=_tensors_first):
@@ -428,10 +432,13 @@ class _Search:
                 continue
             (setting,) = movers
             slope = able[setting][place]
-            if slope == 0:
+            if slope:
+                more = (self.target[place] - sizes[place]) / slope
+                value = int(_get(config, setting) + more) if more.is_integer() else 0
+            elif place[0] == "tensor" and setting not in wanted:
+                value = self._by_trial(config, setting, place)
+            else:
                 continue
-            more = (self.target[place] - sizes[place]) / slope
-            value = int(now[setting] + more) if more.is_integer() else 0
             wanted.setdefault(setting, {}).setdefault(value, place)
         if not all(self._agree(setting, values) for setting, values in wanted.items()):
             return None, []
@@ -446,22 +453,23 @@ class _Search:
         right: set[Place],
     ) -> str:
         """Why a size can't be had: its setting would change others that are right."""
-        place = min(wrong, key=_tensors_first)
-        movers = sorted((s for s in moves if place in moves[s]), key=lambda s: len(moves[s]))
-        for setting in movers:
-            others = sorted(moves[setting].keys() & right, key=_tensors_first)
-            slope = moves[setting][place]
-            if others and slope:
-                value = dict(_settings(config))[setting]
-                asked = value + (self.target[place] - sizes[place]) / slope
-                return (
-                    f"{_named(setting)} would have to be {asked:g} for '{_at(place)}' and "
-                    f"{value} for '{_at(others[0])}'"
-                )
-        return (
-            f"'{_at(place)}' is {self.target[place]} where the base has {sizes[place]}, and no "
-            "setting says so"
-        )
+        for place in sorted(wrong, key=_tensors_first):
+            movers = [setting for setting, moved in moves.items() if place in moved]
+            movers.sort(key=lambda setting: len(moves[setting]))
+            if any(not moves[setting].keys() & right for setting in movers):
+                continue
+            for setting in movers:
+                other = min(moves[setting].keys() & right, key=_tensors_first)
+                slope = moves[setting][place]
+                if slope:
+                    now = _get(config, setting)
+                    asked = now + (self.target[place] - sizes[place]) / slope
+                    return (
+                        f"{_named(setting)} would have to be {asked:g} for '{_at(place)}' and "
+                        f"{now} for '{_at(other)}'"
+                    )
+            return f"'{_at(place)}' has size {self.target[place]}, and no setting says so"
+        return ""
 
     def _retuned(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """With other values for settings that change integers only, such as head counts.
@@ -473,12 +481,18 @@ class _Search:
         assert sizes is not None
         wrong = {p for p in sizes.keys() & self.target if p[0] == "integer"}
         wrong = {place for place in wrong if sizes[place] != self.target[place]}
+        beside = {(p[1], sizes[p]) for p in sizes if p[0] == "integer"}
+        likely = [
+            setting
+            for setting, value in _settings(config)
+            if any((place[1], value) in beside for place in wrong)
+        ]
         best = copy.deepcopy(config)
-        for setting, moved in self._moves(config, sizes, set(sizes)).items():
-            if any(place[0] != "integer" for place in moved) or not moved.keys() & wrong:
+        for setting, moved in self._moves(config, sizes, set(sizes), wrong, likely).items():
+            if any(place[0] != "integer" for place in moved):
                 continue
             gains: dict[int, int] = {}
-            for other in range(1, min(self._value(setting), _MOST_TRIED) + 1):
+            for other in range(1, min(_get(self.origin["config"], setting), _MOST_TRIED) + 1):
                 changed = self._build(_with(config, {setting: other})) or {}
                 gains[other] = sum(changed.get(p) == self.target[p] for p in wrong)
             value = max(gains, key=lambda other: gains[other])

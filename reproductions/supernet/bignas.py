@@ -24,6 +24,12 @@ first claim held and the second did not (the worst size was 2.0 points below tra
 With 700 steps of a smaller network of 1,024 sizes, to save time, the second held and the first
 was undecided (0.8 points): so small a space is covered by random sampling. The claims are about
 large spaces and long training, hence this version; tuning beforehand pays for the time.
+
+Result: the second claim holds. The first is undecided: the smallest size gains 0.97 points,
+0.84 at least in each seed, where 1 point was asked for. A likely reason why it is not more is
+that digits of 8 x 8 are easy for a quarter of the width, so that random sampling, too, comes
+within 1.0 points of training alone. The sizes between pay for the gain: they are 0.4 and 0.6
+points below random sampling on average.
 """
 
 from __future__ import annotations
@@ -68,38 +74,46 @@ OFF = RandomOnly()
 
 def claims(method: SupernetRule, seeds: Sequence[int]) -> Iterator[Claim]:
     """Compares the sizes of a supernet with random sampling and with training alone."""
-    alone, random, ours = (arm(which, tuple(seeds)) for which in (None, OFF, method))
-    details = {"alone": alone, "random": random, "ours": ours, "fractions": FRACTIONS}
+    scores = arms(tuple(seeds))
+    single, random, ours = (scores[which] for which in (None, OFF, method))
+    details = {"alone": single, "random": random, "ours": ours, "fractions": FRACTIONS}
     yield Claim(
         "the smallest size is better than under random sampling",
-        [scores[0] for scores in ours],
-        [scores[0] for scores in random],
+        [row[0] for row in ours],
+        [row[0] for row in random],
         threshold=0.01,
         unit="accuracy",
         details=details,
     )
     worst = [
         min(range(len(FRACTIONS)), key=lambda i, a=a, b=b: a[i] - b[i])
-        for a, b in zip(ours, alone, strict=True)
+        for a, b in zip(ours, single, strict=True)
     ]
     yield Claim(
         "even the worst of four sizes is no worse than trained alone",
-        [scores[i] for scores, i in zip(ours, worst, strict=True)],
-        [scores[i] for scores, i in zip(alone, worst, strict=True)],
+        [row[i] for row, i in zip(ours, worst, strict=True)],
+        [row[i] for row, i in zip(single, worst, strict=True)],
         threshold=-0.015,
         unit="accuracy",
     )
 
 
 @cache
-def arm(method: SupernetRule | None, seeds: tuple[int, ...]) -> list[list[float]]:
-    """Gives the test accuracies by size for each seed; None trains each size alone."""
-    if method is not None:
-        cases = [(CHOSEN[type(method).__name__], seed) for seed in seeds]
-        return [list(test) for _, test in across(partial(supernet, method), cases)]
-    cases = [(i, (CHOSEN["alone"][i], seed)) for seed in seeds for i in range(len(FRACTIONS))]
-    flat = [test[0] for _, test in across(_alone, cases)]
-    return [flat[i : i + len(FRACTIONS)] for i in range(0, len(flat), len(FRACTIONS))]
+def arms(seeds: tuple[int, ...]) -> dict[SupernetRule | None, list[list[float]]]:
+    """Gives the test accuracies by size for each arm and seed; None trains each size alone."""
+    cases: list[tuple[SupernetRule | float, float, int]] = [
+        (method, CHOSEN[type(method).__name__], seed) for method in (ON, OFF) for seed in seeds
+    ]
+    for seed in seeds:
+        cases += [(f, r, seed) for f, r in zip(FRACTIONS, CHOSEN["alone"], strict=True)]
+    scores = across(_run, cases)  # one pool for all arms: processes are slow to start
+    count, sizes = len(seeds), len(FRACTIONS)
+    single = [test[0] for test in scores[2 * count :]]
+    return {
+        ON: scores[:count],
+        OFF: scores[count : 2 * count],
+        None: [single[i * sizes : (i + 1) * sizes] for i in range(count)],
+    }
 
 
 def tune() -> dict[str, float | tuple[float, ...]]:
@@ -142,8 +156,10 @@ def alone(fraction: float, case: tuple[float, int]) -> Scores:
     return [accuracy(model, data.validation)], [accuracy(model, data.test)]
 
 
-def _alone(case: tuple[int, tuple[float, int]]) -> Scores:
-    return alone(FRACTIONS[case[0]], case[1])
+def _run(case: tuple[SupernetRule | float, float, int]) -> list[float]:
+    what, rate, seed = case
+    run = partial(alone if isinstance(what, float) else supernet, what)
+    return list(run((rate, seed))[1])
 
 
 def settings(rate: float, seed: int) -> dict:

@@ -18,6 +18,12 @@ reaches 96 % of the full network's accuracy when trained alone; the details repo
 
 Thresholds: 96 % of the accuracy of the full network trained alone, and within 1 point of the
 sandwich on the mean over all 64 sizes, as set for scikit-learn's digits.
+
+Result: the second claim holds, with as many examples per step and no distillation. The first
+does not: a network of 12 or 16 units trained alone reaches 96 % of the full accuracy, and the
+prefix of that size stays 1.7 to 5.3 points below that; prefixes from 24 of 128 units on do
+reach it. A likely reason is that a chain of 64 sizes gives the smallest ones few turns (each is
+drawn in one micro-step of 64), while the units that they consist of are shared by all others.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ UNITS = tuple(range(2, 129, 2))
 ALONE = (4, 8, 12, 16, 24, 32, 64, 128)
 EXAMPLES, STEPS, PASSES = 128, 1500, 4
 ENOUGH = 0.96
-CHOSEN = {"SortedNet": 1e-2, "BigNAS": 1e-2, "FullOnly": 1e-2, "alone": 1e-2}
+CHOSEN = {"SortedNet": 1e-2, "BigNAS": 1e-2, "FullOnly": 1e-2, "alone": 3e-2}
 
 
 @dataclass(frozen=True)

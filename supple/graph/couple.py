@@ -20,11 +20,11 @@ from supple.graph.blocks import Stack, find_stacks
 from supple.graph.dims import Atom, Dim, Product, Sum, atoms, find, pin
 from supple.graph.integers import AttributeKey, leaves
 from supple.graph.learned import learned_rule
-from supple.graph.record import Recording, Ref, record
+from supple.graph.record import Recording, record
 from supple.graph.rules import RULES, Dims, Propagation, fixed, pointwise
 from supple.graph.sizes import Sizes
 
-__all__ = ["Graph", "Group", "analyse", "propagate"]
+__all__ = ["Graph", "Group", "analyse", "final_outputs", "propagate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Graph:
     groups: list[Group] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
-    sizes: Sizes = field(init=False)
+    sizes: Sizes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.sizes = Sizes(self.propagation, self.recording.equalities)
@@ -113,16 +113,19 @@ def propagate(recording: Recording, known: Mapping[str, Dims] | None = None) -> 
                 p.unknown[call.name] = "its rule does not give the shape that it returned"
                 dims = [fixed(n, f"the operator {name} is not understood") for n in ref.shape]
             p.dims.setdefault(ref.id, dims)
-    for ref in _final_outputs(recording):
-        for dim in p.of(ref):
+    for position in final_outputs(recording):
+        for dim in p.of(recording.outputs[position]):
             pin(dim, "it is a dimension of the model's output")
     return p
 
 
-def _final_outputs(recording: Recording) -> list[Ref]:
-    """The first output, and every other that the model does not itself compute with further."""
+def final_outputs(recording: Recording) -> list[int]:
+    """Positions of the outputs whose shape is the model's interface.
+
+    The first, and every other that the model does not itself compute with further.
+    """
     used = {ref.id for call in recording.calls for ref in call.inputs}
-    return [r for i, r in enumerate(recording.outputs) if i == 0 or r.id not in used]
+    return [i for i, r in enumerate(recording.outputs) if i == 0 or r.id not in used]
 
 
 def _is_pointwise(op: Any) -> bool:

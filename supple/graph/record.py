@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from supple.errors import UnsupportedModelError
 from supple.graph.integers import Attributes, Expression, Size, TracedInt
 
-__all__ = ["Call", "ModuleCall", "Recording", "Ref", "record"]
+__all__ = ["Call", "ModuleCall", "Recording", "Ref", "direct_tensors", "record", "refs"]
 
 _TORCH = os.path.dirname(torch.__file__)
 _SUPPLE = os.path.dirname(os.path.dirname(__file__))
@@ -130,6 +130,20 @@ class Recording:
 def refs(tree: Any) -> list[Ref]:
     """The tensors in nested containers, in order."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
+
+
+def direct_tensors(output: Any) -> list[Tensor]:
+    """The tensors that are the output, or fields of it; nested ones (caches) are left out."""
+    fields: list[Any]
+    if isinstance(output, Tensor):
+        fields = [output]
+    elif isinstance(output, Mapping):
+        fields = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        fields = list(output)
+    else:
+        fields = list(vars(output).values()) if hasattr(output, "__dict__") else []
+    return [t for t in fields if isinstance(t, Tensor)]
 
 
 def record(
@@ -267,16 +281,7 @@ class _Recorder:
         ]
 
     def finish(self, output: Any) -> None:
-        fields: list[Any]
-        if isinstance(output, Mapping):
-            fields = list(output.values())
-        elif isinstance(output, (tuple, list)):
-            fields = list(output)
-        elif isinstance(output, Tensor):
-            fields = [output]
-        else:
-            fields = list(vars(output).values()) if hasattr(output, "__dict__") else []
-        self.recording.outputs = [self.ref(t) for t in fields if isinstance(t, Tensor)]
+        self.recording.outputs = [self.ref(t) for t in direct_tensors(output)]
         self._inputs = None
 
     def ref(self, tensor: Tensor) -> Ref:

@@ -174,7 +174,8 @@ class Killed:
         self.folder = tmp_path / "small"
 
     def until(self, ready):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
         command = [sys.executable, str(self.script), str(self.recipe), *self.overrides]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 120

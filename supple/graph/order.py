@@ -1,0 +1,68 @@
+"""Reordering the units of groups: the same network with its parameters permuted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supple.graph.couple import Graph, Group
+from supple.graph.dims import Atom, Dim, positions
+
+__all__ = ["expand_order", "l1", "permute"]
+
+
+def expand_order(group: Group, order: np.ndarray) -> dict[Atom, np.ndarray]:
+    """An order of a group's units as an order of the positions of each of its atoms.
+
+    An atom with more positions than the group has units moves in runs; of one with fewer, the
+    positions move with the first unit that belongs to them, or stay where the numbers do not
+    divide (only sizes tie such atoms, not positions).
+    """
+    result: dict[Atom, np.ndarray] = {}
+    for atom in group.atoms:
+        if atom.size % group.full == 0:
+            run = atom.size // group.full
+            result[atom] = (order[:, None] * run + np.arange(run)[None, :]).reshape(-1)
+        elif group.full % atom.size == 0:
+            run = group.full // atom.size
+            result[atom] = np.array(list(dict.fromkeys((order // run).tolist())))
+    return result
+
+
+@torch.no_grad()
+def permute(model: nn.Module, graph: Graph, order: Mapping[Atom, np.ndarray]) -> None:
+    """Reorder the positions of parameters and buffers in place, coupled ones together."""
+    owned: dict[str, Tensor] = dict(model.named_parameters())
+    owned.update(model.named_buffers())
+    for name, dims in graph.tensors.items():
+        tensor = owned[name]
+        for dim, structure in enumerate(dims):
+            index = positions(structure, order)
+            if not np.array_equal(index, np.arange(tensor.shape[dim])):
+                moved = torch.as_tensor(index, device=tensor.device)
+                tensor.copy_(tensor.index_select(dim, moved))
+
+
+@torch.no_grad()
+def l1(graph: Graph, group: Group) -> Tensor:
+    """Sum of the absolute parameters that each unit of a group owns, shape (full,)."""
+    owned = dict(graph.model.named_parameters())
+    total = torch.zeros(group.full, dtype=torch.float64)
+    for name, dim in group.members:
+        if name in owned:
+            total += _per_unit(owned[name], dim, graph.tensors[name], group)
+    return total.float()
+
+
+def _per_unit(weight: Tensor, dim: int, dims: Sequence[Dim], group: Group) -> Tensor:
+    others = [d for d in range(weight.dim()) if d != dim]
+    row = weight.detach().abs().double()
+    row = (row.sum(others) if others else row).cpu()
+    total = torch.zeros(group.full, dtype=torch.float64)
+    for unit in range(group.full):
+        index = positions(dims[dim], expand_order(group, np.array([unit])))
+        total[unit] = row[torch.as_tensor(index)].sum()
+    return total
