@@ -337,10 +337,13 @@ class Elastic:
     def patch(self, config: Config) -> Patch:
         """Everything that a size changes."""
         return merge(
-            self._axis_of[name].patch(self.space.site(name), choice)
-            for name, choice in config.items()
-            if choice != self.space.site(name).full
+            self.patch_of(name, choice) for name, choice in config.items()
         )
+
+    def patch_of(self, name: str, choice: int) -> Patch:
+        """What one choice at one site changes."""
+        site = self.space.site(name)
+        return Patch() if choice == site.full else self._axis_of[name].patch(site, choice)
 
     def _plan(self, config: Config) -> Plan:
         plan = self._plans.get(config)

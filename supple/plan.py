@@ -176,21 +176,26 @@ class Plan:
         self, modules: Mapping[str, nn.Module], undo: list[tuple[dict[str, Any], str, Any]]
     ) -> None:
         """Leave blocks out: shorter containers, renumbered blocks, shorter per-layer lists."""
+        replaced: dict[str, nn.Module] = {}
         for container, keep in self._kept().items():
-            module = modules[container]
-            blocks = list(module.children())
-            short = type(module)() if type(module) in _CONTAINERS else copy.copy(module)
-            vars(short)["_modules"] = {str(i): blocks[b] for i, b in enumerate(keep)}
-            vars(short)["training"] = module.training
-            if container:
-                parent, _, name = container.rpartition(".")
-                _shadow(vars(modules[parent]), name, short, undo)
-            else:
-                _shadow(vars(module), "forward", short.forward, undo)
+            blocks = list(modules[container].children())
             for key, value in self._renumbered(container, keep):
                 _set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
                 _shadow(holder, name, type(items)(items[b] for b in keep), undo)
+            kept = {str(i): blocks[b] for i, b in enumerate(keep)}
+            replaced[container] = _with_children(modules[container], kept)
+        while replaced:  # innermost first: a container inside a container is not an attribute
+            path = max(replaced, key=lambda p: (p.count("."), p))
+            short = replaced.pop(path)
+            parent, _, name = path.rpartition(".")
+            if not path:
+                _shadow(vars(modules[path]), "forward", short.forward, undo)
+            elif isinstance(modules[parent], _CONTAINERS):
+                outer = replaced.get(parent, modules[parent])
+                replaced[parent] = _with_children(outer, {**outer._modules, name: short})
+            else:
+                _shadow(vars(modules[parent]), name, short, undo)
 
     def _kept(self) -> dict[str, list[int]]:
         """For every shortened container, the positions of the children that stay."""
@@ -257,6 +262,13 @@ class Plan:
 
 _ABSENT = object()
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+
+
+def _with_children(container: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
+    """A container like this one that holds other children."""
+    other = copy.copy(container)
+    vars(other)["_modules"] = dict(children)
+    return other
 
 
 def _shadow(

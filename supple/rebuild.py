@@ -31,7 +31,7 @@ from supple.graph.integers import AttributeKey
 from supple.models import base as models
 from supple.plan import _set_integer, per_layer_lists, positional_attributes
 from supple.space import Config, Site
-from supple.technique import make, settings
+from supple.technique import Technique, make, settings
 
 if TYPE_CHECKING:
     from supple.network import Elastic
@@ -45,7 +45,9 @@ __all__ = [
     "construct",
     "differences",
     "follow",
+    "needs_code",
     "note_extraction",
+    "note_transform",
     "outline",
     "own_axes",
     "pack",
@@ -282,6 +284,24 @@ def note_extraction(net: Elastic, config: Config, module: nn.Module) -> nn.Modul
     return module
 
 
+def note_transform(source: nn.Module, result: nn.Module, technique: Technique) -> nn.Module:
+    """Attaches the provenance of what a technique gave.
+
+    Args:
+        source: The network that the technique was applied to.
+        result: What it gave.
+        technique: The technique, with its settings.
+
+    Returns:
+        `result`, whose `supple_provenance` is that of `source` and one step more.
+    """
+    provenance = provenance_of(source)
+    step = {"step": "technique", "key": technique.key, "settings": settings(technique)}
+    provenance["steps"].append(step)
+    vars(result)["supple_provenance"] = provenance
+    return result
+
+
 def _kept(stacks: Sequence[Stack], patch: Patch) -> dict[str, Json]:
     """For each shortened container, how many blocks it had and which stay."""
     gone: dict[str, set[int]] = {}
@@ -393,17 +413,16 @@ def _build_transformers(origin: Mapping[str, Json], allow_code: bool) -> nn.Modu
             f"the installed transformers has no model {name!r}; install the version that the "
             f"network was saved with ({origin['config'].get('transformers_version')})"
         )
+    if needs_code(origin) and not allow_code:
+        raise CheckpointError(
+            f"{name} was saved with {origin['attention']} for attention and "
+            f"{origin['experts']} for experts, which may fetch code; if you want that, give "
+            "allow_code=True"
+        )
     given = _safe(origin["config"])
     for note in ("transformers_version", "model_type"):  # of the class, not of the model
         given.pop(note, None)
     config = cls.config_class.from_dict(given)
-    for kind in ("attention", "experts"):
-        for choice in origin[kind].values():
-            if choice not in _KERNELS and not allow_code:
-                raise CheckpointError(
-                    f"{name} was saved with the {kind} implementation {choice!r}, which may "
-                    "fetch code; if you want that, give allow_code=True"
-                )
     config._attn_implementation = dict(origin["attention"])
     config._experts_implementation = dict(origin["experts"])
     made: nn.Module = cls(config)
@@ -415,6 +434,14 @@ def _safe(given: Json) -> Json:
     if isinstance(given, dict):
         return {key: _safe(one) for key, one in given.items() if key not in _UNSAFE}
     return [_safe(one) for one in given] if isinstance(given, list) else given
+
+
+def needs_code(origin: Mapping[str, Json]) -> bool:
+    """Whether building runs code that is neither Supple's nor the installed packages'."""
+    if "transformers" not in origin:
+        return ":" in str(origin["key"])
+    kernels = (*origin["attention"].values(), *origin["experts"].values())
+    return any(kernel not in _KERNELS for kernel in kernels)
 
 
 def structure_of(model: nn.Module) -> nn.Module:

@@ -224,10 +224,10 @@ def _rebuildable(
     how: dict[str, Any] = {"reason": "", "own_axes": own, "overrides": []}
     if origin is None:
         how["reason"] = "its class is neither of supple/models nor exported by transformers"
-    if origin is None or own:
+    if origin is None or own or rebuild.needs_code(origin):
         return how, bare
     try:
-        built = rebuild.follow(rebuild.build(origin, allow_code=True), provenance["steps"])
+        built = rebuild.follow(rebuild.build(origin), provenance["steps"])
     except Exception as error:  # whatever a constructor raises: then a model must be given
         how["reason"] = f"building it anew failed ({type(error).__name__}: {error})"
         return how, bare
@@ -485,6 +485,8 @@ def _fill(
     held = [(at, stored[f"{_HELD}{i}"]) for i, at in enumerate(description["held"])]
     rebuild.apply_overrides(module, held)
     _set_modes(module, description["training"])
+    if description["provenance"]["steps"]:
+        vars(module)["supple_provenance"] = description["provenance"]
     for part in module.modules():
         _describe(part)
 

@@ -56,7 +56,8 @@ def uniform_config(module: nn.Module) -> Any:
     examples = next((s["examples"] for s in reversed(steps) if "examples" in s), None)
     if examples is None:
         return copy.deepcopy(_of_transformers(module).config)
-    args, kwargs = _made_up(rebuild.unpack(examples, {}))
+    device = next(module.parameters()).device
+    args, kwargs = _made_up(rebuild.unpack(examples, {}), device)
     changes = _found(module, args, kwargs)
     config = copy.deepcopy(_of_transformers(module).config)
     for setting, value in changes:
@@ -99,7 +100,7 @@ def _looks_uniform(net: Elastic, config: Config) -> bool:
 
 def _of_transformers(module: nn.Module) -> Any:
     origin = rebuild.provenance_of(module)["base"]["origin"]
-    if "transformers" not in (origin or {}):
+    if (origin or {}).get("transformers") != type(module).__name__:
         raise UnsupportedModelError(
             f"{type(module).__name__} is no model that transformers exports, so no "
             "configuration describes it; save it with supple.save"
@@ -151,7 +152,7 @@ def _sizes_of(origin: str) -> dict[Place, int] | None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return _sizes(rebuild.build(json.loads(origin), allow_code=True))
+        return _sizes(rebuild.build(json.loads(origin)))
     except Exception:  # whatever a model says of a configuration that can't be
         return None
     finally:
@@ -184,13 +185,12 @@ def _get(config: Any, setting: Setting) -> int:
 
 
 def _set(config: Any, setting: Setting, value: Any) -> None:
-    """Sets a number in a configuration, as JSON or as an object of `transformers`."""
+    """Sets a value in a configuration, as JSON or as an object of `transformers`."""
     *path, last = setting
     for key in path:
-        config = config[key] if isinstance(config, (dict, list)) else getattr(config, str(key))
-    if isinstance(config, (dict, list)):
-        entries: Any = config
-        entries[last] = value
+        config = getattr(config, str(key)) if hasattr(config, str(key)) else config[key]
+    if type(config) in (dict, list):
+        config[last] = value
     else:
         setattr(config, str(last), value)
 
@@ -249,14 +249,11 @@ class _Search:
         self._first_sizes = sizes
         if not self._same_places(sizes):
             return
-        # An integer that differs now was set by the extraction. The others may be left over
-        # from the full network, because the code does not compute with them.
-        known = {
-            place
-            for place in self.target
-            if place[0] == "tensor"
-            or (place[0] == "integer" and sizes.get(place, 0) != self.target[place])
-        }
+        # An integer that is not the full network's was set by the extraction. The others may be
+        # left over, where the code does not compute with them.
+        full = self._build(self.origin["config"]) or {}
+        known = {p for p in self.target if p[0] == "tensor" or self.target[p] != full.get(p)}
+        known = {place for place in known if place[0] != "length"}
         yield from self._solved(config, known & sizes.keys(), frozenset())
 
     def _build(self, config: dict[str, Any]) -> dict[Place, int] | None:
@@ -512,13 +509,16 @@ class _Search:
 
     def same_outputs(self, config: dict[str, Any], args: Any, kwargs: Any) -> bool:
         """Whether the configured model computes what the sub-network computes."""
-        built = rebuild.build({**self.origin, "config": config}, allow_code=True)
-        if next(rebuild.structural(rebuild.outline(self.module), rebuild.outline(built)), None):
-            self.why = self.why or "its blocks are of other kinds than the configured model's"
+        origin = {**self.origin, "config": config}
+        twin = _twin(self.module, origin)
+        mine, theirs = rebuild.outline(self.module), rebuild.outline(twin)
+        if next(rebuild.structural(mine, theirs), None):
             return False
-        twin = _twin(self.module, {**self.origin, "config": config})
-        mine, theirs = (_outputs(network, args, kwargs) for network in (self.module, twin))
-        return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+        try:
+            ours, its = (_outputs(network, args, kwargs) for network in (self.module, twin))
+        except Exception:  # whatever a forward raises: then nothing is proven
+            return False
+        return len(ours) == len(its) and all(map(torch.equal, ours, its))
 
 
 class _WithoutWeights(TorchFunctionMode):
@@ -536,14 +536,17 @@ class _WithoutWeights(TorchFunctionMode):
 def _twin(module: nn.Module, origin: dict[str, Any]) -> nn.Module:
     """The configured model with a network's own tensors; what no file has, it makes itself."""
     with torch.random.fork_rng(devices=[]), _WithoutWeights():
-        twin = rebuild.construct(origin, allow_code=True)
+        twin = rebuild.construct(origin)
     state = module.state_dict(keep_vars=True)
+    device = next(module.parameters()).device
     for path, part in twin.named_modules():
         for store in (part._parameters, part._buffers):
             for name in store:
                 full = f"{path}.{name}" if path else name
                 if full in state:
                     store[name] = state[full]
+                elif store[name] is not None:
+                    store[name] = store[name].to(device)
     return twin
 
 
@@ -561,7 +564,7 @@ def _outputs(module: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(plain)[0] if isinstance(leaf, Tensor)]
 
 
-def _made_up(specification: Any) -> Any:
+def _made_up(specification: Any, device: torch.device) -> Any:
     """Inputs of the shapes, types and ranges that an example had."""
     generator = torch.Generator().manual_seed(0)
 
@@ -569,8 +572,8 @@ def _made_up(specification: Any) -> Any:
         shape, dtype = one["shape"], one["dtype"]
         if "low" in one:
             low, high = one["low"], one["high"] + 1
-            return torch.randint(low, high, shape, generator=generator).to(dtype)
-        return torch.randn(shape, generator=generator).to(dtype)
+            return torch.randint(low, high, shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     def is_tensor(one: Any) -> bool:
         return isinstance(one, dict) and "dtype" in one

@@ -71,22 +71,37 @@ class Solution:
 
     @property
     def places(self) -> list[Place]:
-        """The dimensions of parameters and running statistics."""
+        """The dimensions of parameters and buffers."""
         return [key for key in self.symbols if isinstance(key[1], int)]  # type: ignore[misc]
 
 
 def solve(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    constants: Sequence[str] = (),
 ) -> Solution:
-    """Run `model` once on symbolic sizes and collect the equations."""
+    """Run `model` once on symbolic sizes and collect the equations.
+
+    Args:
+        model: The model, in evaluation mode.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        constants: Names of integers on modules that keep their value.
+    """
     environment = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     solution = Solution()
     tensors = {name: _symbolic(mode, solution, model, name, t) for name, t in _owned(model)}
-    symbolic = _symbolic_integers(mode, solution, model)
+    symbolic = _symbolic_integers(mode, solution, model, NO_SIZES | set(constants))
     with _quiet(), symbolic, mode, _Strict(), torch.no_grad():
         given = tree_map(
-            lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs or {})
+            lambda x: (
+                _from_tensor(mode, x, [False] * x.dim(), "input")
+                if isinstance(x, Tensor)
+                else x
+            ),
+            (tuple(args), dict(kwargs or {})),
         )
         functional_call(model, tensors, *given, tie_weights=True)
     _collect(environment, solution)
@@ -111,6 +126,8 @@ class _Strict(TorchDispatchMode):
         channels = weight.shape[0] if transposed else weight.shape[1] * groups
         torch._check(x.shape[1] == channels)
         torch._check(weight.shape[0] % groups == 0)
+        if weight.shape[0] == groups:  # depthwise: noted as an equation, one filter a channel
+            return
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -123,7 +140,7 @@ def _symbolic(
 ) -> Tensor:
     owner = model.get_submodule(name.rpartition(".")[0])
     kernel = isinstance(owner, nn.modules.conv._ConvNd) and tensor.dim() > 2
-    varies = isinstance(tensor, nn.Parameter) or "running" in name
+    varies = tensor.is_floating_point()
     free = [varies and n > 1 and not (kernel and d >= 2) for d, n in enumerate(tensor.shape)]
     fake = _from_tensor(mode, tensor, free, name)
     for dim, size in enumerate(fake.shape):
@@ -142,14 +159,14 @@ def _from_tensor(mode: FakeTensorMode, tensor: Tensor, free: list[bool], name: s
 
 @contextmanager
 def _symbolic_integers(
-    mode: FakeTensorMode, solution: Solution, model: nn.Module
+    mode: FakeTensorMode, solution: Solution, model: nn.Module, constants: set[str]
 ) -> Iterator[None]:
     """Give every integer that may be a size a symbol, for the duration of the block."""
     saved: list[tuple[dict[str, Any], str, Any]] = []
     for path, module in model.named_modules():
         holder = vars(module)
         for name, value in list(holder.items()):
-            if name in NO_SIZES or name.startswith("_"):
+            if name in constants or name.startswith("_"):
                 continue
             if type(value) is int and value > 1:
                 saved.append((holder, name, value))

@@ -267,7 +267,7 @@ def operator_macs(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out
         return RULES[name](args, out)
     if name in _REGISTRY:
         return int(_REGISTRY[name](*args, **kwargs, out_val=out)) // 2
-    if _is_free(func):
+    if is_free(func):
         return 0
     raise OperatorError(
         f"operator '{func}' has no rule for its MACs and may contain some; express it by "
@@ -287,7 +287,7 @@ def _is_composite(func: Any) -> bool:
 
 
 @functools.cache
-def _is_free(func: Any) -> bool:
+def is_free(func: Any) -> bool:
     if _name(func) in FREE:
         return True
     namespace = getattr(torch.ops, func.namespace)

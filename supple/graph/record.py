@@ -1,11 +1,13 @@
 """One concrete run of a model, recorded as a list of operator calls.
 
-The run uses fake tensors (shapes without data), so it costs no memory for weights and works for
-models on the meta device; where a model's control flow needs real values, it is run for real.
+The model is run for real, so control flow that looks at values takes the way that it takes in
+use; a model on the meta device is run on fake tensors (shapes without data), which costs no
+memory for weights.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -158,21 +160,16 @@ def record(
         model: Any module; its mode, attributes and weights are left as they were.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
-        fake: Use fake tensors; None tries fake tensors, then a real run.
+        fake: Use fake tensors; None does so only for models on the meta device.
 
     Raises:
         UnsupportedModelError: The model's forward fails on the example inputs.
     """
-    if fake is not None:
+    if fake is None:
+        fake = any(tensor.is_meta for tensor in _owned_tensors(model).values())
+    try:
         return _run(model, tuple(args), dict(kwargs or {}), fake)
-    try:
-        return _run(model, tuple(args), dict(kwargs or {}), True)
-    except Exception as error:  # whatever a forward may raise; the real run decides
-        if any(p.is_meta for p in model.parameters()):
-            raise _unsupported(model, error) from error
-    try:
-        return _run(model, tuple(args), dict(kwargs or {}), False)
-    except Exception as error:
+    except Exception as error:  # whatever a forward may raise
         raise _unsupported(model, error) from error
 
 
@@ -185,9 +182,13 @@ def _unsupported(model: nn.Module, error: Exception) -> UnsupportedModelError:
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
     recorder = _Recorder(fake)
+    collecting = gc.isenabled()
     training = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.callback(_restore_modes, training)
+        if collecting:  # tensors in cycles would die whenever the collector happens to run
+            gc.disable()
+            stack.callback(gc.enable)
         model.eval()
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())

@@ -573,6 +573,8 @@ def convolution(p: Propagation, call: Call) -> list[Dims]:
     batch, channel, space = x[: len(x) - len(weight) + 1], x[-len(weight) + 1], weight[2:]
     for kernel in space:
         pin(kernel, "the kernel size of a convolution")
+    for size in x[len(x) - len(space) :]:
+        pin(size, "a spatial size")
     out = _grouped_channels(p, call, channel, weight, groups, transposed)
     if argument(call, "bias") is not None:
         unify(out, p.of(argument(call, "bias"))[0], "a bias")
@@ -708,6 +710,8 @@ def resample(p: Propagation, call: Call) -> list[Dims]:
     shape = call.outputs[0].shape
     tail = next((k for k in ("1d", "2d", "3d") if k in call.name), "2d")
     lead = len(dims) - int(tail[0])
+    for size in dims[lead:]:
+        pin(size, "a spatial size")
     result = [*dims[:lead], *(fixed(n, "a spatial size") for n in shape[lead:])]
     return [list(result) for _ in call.outputs]
 

@@ -208,7 +208,6 @@ def sources(materials: Materials) -> dict[str, Any]:
     """What the elastic stage is computed from, JSON-able: the first link of the chain."""
     recipe = materials.recipe
     return {
-        "version": supple.__version__,
         "seed": recipe.seed,
         "model": recipe.model.model_dump(mode="json"),
         "model_files": [_print_of(path) for path in materials.source.files],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -154,18 +154,18 @@ def _searched(
         bench, elastic = make_elastic(materials, run)
         space = bench.net.space
         told.result = f"{len(space.sites)} sites, {_size(space.size())} sizes, verified"
-        told.reused = elastic.reused
+        told.records = [elastic]
     train = recipe.train
     length = f"{train.epochs} epochs" if train.epochs else f"{train.steps} steps"
     with _stage(console, "train", f"{train.technique.key}, {length}") as told:
         trained = train_supernet(bench, run, elastic, progress=progress)
         told.result = f"{trained.result['steps']:,} steps, {trained.result['passes']:,} passes"
-        told.reused = trained.reused
+        told.records = [trained]
     count = recipe.search.evaluations
     with _stage(console, "search", f"{recipe.search.technique.key}, {count} sizes") as told:
         front, searched = search_front(bench, run, trained, progress=progress)
         told.result = str(front)
-        told.reused = searched.reused
+        told.records = [searched]
     return bench, front
 
 
@@ -183,7 +183,7 @@ def _deploy_all(
             train = run.records["train"]
             record = deploy_size(bench, run, name, config, train, where=where)
             told.result = ", ".join(record.result["files"]) or "not exported"
-            told.reused = record.reused
+            told.records = [record]
         deployed[name] = record
     return deployed
 
@@ -216,7 +216,7 @@ def _compare_all(
             allow_code=allow_code,
             tell=lambda done, total: bar.update(task, completed=done, total=total),
         )
-        told.reused = all(record.reused for record in found.values())
+        told.records = list(found.values())
     return found
 
 
@@ -225,7 +225,16 @@ class _Told:
     """What a stage's closing line says."""
 
     result: str = ""
-    reused: bool = False
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def took(self) -> str | None:
+        """Words for where it came from, or None where it was computed now."""
+        if not self.records or not all(record.reused for record in self.records):
+            return None
+        if not any(record.outdated for record in self.records):
+            return "from the earlier run"
+        return "from an earlier run of other code (delete the folder to compute it anew)"
 
 
 @contextlib.contextmanager
@@ -234,7 +243,7 @@ def _stage(console: Console, name: str, what: str = "") -> Iterator[_Told]:
     console.print(f"[bold]{name:8}[/bold] {what}", highlight=False)
     told, start = _Told(), time.perf_counter()
     yield told
-    took = "from the earlier run" if told.reused else seconds_text(time.perf_counter() - start)
+    took = told.took or seconds_text(time.perf_counter() - start)
     result = f"{told.result}, " if told.result else ""
     console.print(f"         [green]✓[/green] [dim]{result}{took}[/dim]", highlight=False)
 

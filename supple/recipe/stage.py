@@ -5,11 +5,15 @@ Each stage owns a folder of the run. `begun.json` says from what it is being com
 finds the folder with a beginning of the same inputs and goes on inside it (checkpoints, the
 study); where the inputs changed, the folder is emptied and the stage computed anew, and so are
 the stages behind it, because the hash of each stage goes into the next one's inputs.
+
+What was computed by an older version of Supple is kept, and said to be so: nobody's finished
+work is thrown away by an upgrade. Delete the folder to compute it anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+import supple
 from supple import files
 from supple.errors import CheckpointError, RecipeError
 
@@ -48,6 +53,7 @@ class Record:
         result: What its work gave.
         seconds: Wall time of the work, of the last attempt if it was interrupted.
         reused: Whether it was taken from an earlier run.
+        code: Version and hash of the code of Supple that made it.
         folder: Where its files lie.
     """
 
@@ -57,6 +63,12 @@ class Record:
     seconds: float
     reused: bool
     folder: Path
+    code: str = ""
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it was made by other code than this."""
+        return self.reused and self.code != code_print()
 
 
 @dataclass
@@ -120,7 +132,9 @@ class RunFolder:
         digest = _digest(name, inputs, extent)
         if done["digest"] != digest or not _outputs_stand(folder, done["outputs"]):
             return None
-        record = Record(name, digest, done["result"], done["seconds"], True, folder)
+        record = Record(
+            name, digest, done["result"], done["seconds"], True, folder, done["code"]
+        )
         self.records[name] = record
         return record
 
@@ -205,15 +219,26 @@ class RunFolder:
         done = {
             "stage": name,
             "digest": digest,
+            "code": code_print(),
             "seconds": seconds,
             "result": dict(outcome.result),
             "outputs": sums,
         }
         files.write_json(folder / "done.json", done)
         result = files.read_json(folder / "done.json")["result"]
-        record = Record(name, digest, result, seconds, False, folder)
+        record = Record(name, digest, result, seconds, False, folder, code_print())
         self.records[name] = record
         return record
+
+
+@functools.cache
+def code_print() -> str:
+    """Version and hash of the code that computes: all of Supple but its ways of showing."""
+    root = Path(supple.__file__).parent
+    shown = {root / "cli", root / "report"}
+    paths = sorted(path for path in root.rglob("*.py") if not shown & set(path.parents))
+    joined = b"".join(path.read_bytes() for path in paths)
+    return f"{supple.__version__} {files.checksum(joined)[:12]}"
 
 
 def _digest(name: str, inputs: Mapping[str, Any], extent: Mapping[str, Any] | None) -> str:

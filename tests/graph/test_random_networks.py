@@ -196,7 +196,7 @@ def build(images: Steps, sequences: Steps) -> nn.Module:
 
 
 @given(steps, later, st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_size_of_a_random_network_is_the_same_active_and_extracted(
     images: Steps, sequences: Steps, seed: int
 ) -> None:
@@ -216,7 +216,7 @@ def test_every_size_of_a_random_network_is_the_same_active_and_extracted(
 
 
 @given(steps, later, st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_reordering_units_of_a_random_network_changes_nothing(
     images: Steps, sequences: Steps, seed: int
 ) -> None:

@@ -26,6 +26,20 @@ def test_a_finished_stage_is_taken_from_its_record(tmp_path):
     assert again.digest == first.digest
 
 
+def test_what_other_code_made_is_kept_and_said_to_be_so(tmp_path, monkeypatch):
+    import supple.recipe.stage as stage
+
+    work = Work()
+    first = RunFolder(tmp_path).perform("train", {}, work)
+    again = RunFolder(tmp_path).perform("train", {}, work)
+    assert not first.outdated
+    assert not again.outdated
+    monkeypatch.setattr(stage, "code_print", lambda: "9.9.9 abc")
+    later = RunFolder(tmp_path).perform("train", {}, work)
+    assert later.outdated
+    assert work.times == 1
+
+
 def test_changed_inputs_empty_the_folder_and_change_the_digest(tmp_path):
     work = Work()
     first = RunFolder(tmp_path).perform("train", {"lr": 0.1}, work)

@@ -1,0 +1,542 @@
+"""Costs as closed forms: priced from the sizes, without building or running anything.
+
+The recorded run gives every cost as a sum of products of sizes. Each product depends on the
+choices of a few sites only, so it is tabulated over those; a million configs are then priced by
+adding table look-ups. The definitions are those of `supple.cost.count`, which counts the same on
+a real network.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import product as combinations
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from supple.axes.base import merge
+from supple.cost.count import FREE, is_free
+from supple.errors import OperatorError
+from supple.graph.couple import propagate
+from supple.graph.dims import Atom, Dim, atoms, monomials, multiply
+from supple.graph.record import Call, Recording, Ref, record
+from supple.graph.rules import Propagation, argument
+from supple.plan import Plan
+from supple.space import Site
+
+if TYPE_CHECKING:
+    from supple.network import Elastic
+
+__all__ = ["COSTS", "ClosedCosts"]
+
+COSTS = ("params", "macs", "weight_bytes", "activation_bytes")
+_LARGEST_TABLE = 4096
+_CHUNK = 16384
+
+Columns = tuple[int, ...]
+Tables = dict[Columns, np.ndarray]
+
+
+class ClosedCosts:
+    """Prices encoded configs of one network.
+
+    Args:
+        net: The elastic network.
+
+    Raises:
+        OperatorError: An operator may multiply and has no rule.
+    """
+
+    def __init__(self, net: Elastic) -> None:
+        self._counts = [len(site.choices) for site in net.space.sites]
+        self._sums: dict[str, Tables] = {name: {} for name in COSTS[:3]}
+        self._peaks: list[Tables] = []
+        for run in _runs(net):
+            for name, terms in run.sums().items():
+                for term in terms:
+                    self._add(self._sums[name], term)
+            for point in run.points():
+                tables: Tables = {}
+                for term in point:
+                    self._add(tables, term)
+                self._peaks.append(self._packed(tables))
+        self._packed_sums = {name: self._packed(t) for name, t in self._sums.items()}
+
+    def __call__(
+        self, rows: np.ndarray, names: Sequence[str] = COSTS
+    ) -> dict[str, np.ndarray]:
+        """Price configs.
+
+        Args:
+            rows: Encoded configs, shape (n, sites).
+            names: Which costs.
+
+        Returns:
+            For each name an integer array of shape (n,).
+        """
+        columns = np.ascontiguousarray(np.asarray(rows).T.astype(np.int32))
+        count = columns.shape[1]
+        result = {name: np.empty(count, dtype=np.int64) for name in names}
+        for start in range(0, count, _CHUNK):
+            part = columns[:, start : start + _CHUNK]
+            for name in names:
+                result[name][start : start + _CHUNK] = self._price(name, part)
+        return result
+
+    def _price(self, name: str, columns: np.ndarray) -> np.ndarray:
+        if name != "activation_bytes":
+            return self._total(self._packed_sums[name], columns)
+        peaks = (self._total(tables, columns) for tables in self._peaks)
+        return reduce(np.maximum, peaks, np.zeros(columns.shape[1], dtype=np.int64))
+
+    def _total(self, tables: Tables, columns: np.ndarray) -> np.ndarray:
+        total = np.zeros(columns.shape[1], dtype=np.int64)
+        for sites, table in tables.items():
+            if not sites:
+                total += int(table)
+                continue
+            index = columns[sites[0]]
+            for site in sites[1:]:
+                index = index * self._counts[site] + columns[site]
+            total += table.reshape(-1).take(index)
+        return total
+
+    def _add(self, tables: Tables, term: Term) -> None:
+        sites = tuple(sorted(term.factors))
+        shape = tuple(self._counts[s] for s in sites)
+        value = np.full(shape, term.coefficient, dtype=np.int64)
+        for axis, site in enumerate(sites):
+            value = value * term.factors[site].reshape(
+                [-1 if i == axis else 1 for i in range(len(sites))]
+            )
+        tables[sites] = tables[sites] + value if sites in tables else value
+
+    def _packed(self, tables: Tables) -> Tables:
+        """Fewer, larger tables: one look-up costs about the same whatever it holds."""
+        packed: Tables = {}
+        for sites in sorted(tables, key=len, reverse=True):
+            home = next((known for known in packed if self._fits(known, sites)), None)
+            if home is None:
+                packed[sites] = tables[sites]
+                continue
+            union = tuple(sorted({*home, *sites}))
+            merged = self._spread(packed.pop(home), home, union)
+            packed[union] = merged + self._spread(tables[sites], sites, union)
+        return packed
+
+    def _fits(self, known: Columns, sites: Columns) -> bool:
+        union = {*known, *sites}
+        return prod(self._counts[s] for s in union) <= _LARGEST_TABLE
+
+    def _spread(self, table: np.ndarray, sites: Columns, union: Columns) -> np.ndarray:
+        shape = [self._counts[s] if s in sites else 1 for s in union]
+        full = [self._counts[s] for s in union]
+        return np.broadcast_to(table.reshape(shape), full).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A number times one factor per site: `factors[column][choice index]`."""
+
+    coefficient: int
+    factors: dict[int, np.ndarray]
+
+
+# --- the recorded runs that together cover every choice ----------------------------------------
+
+
+def _runs(net: Elastic) -> Iterable[_Run]:
+    """The recorded run, and one more for each choice that changes which operators run."""
+    structural = [(i, site) for i, site in enumerate(net.space.sites) if _kind(net, site)]
+    inputs = [(i, s) for i, s in structural if _kind(net, s) == "inputs"]
+    modules = [(i, s) for i, s in structural if _kind(net, s) == "modules"]
+    for chosen in combinations(*(range(len(site.choices)) for _, site in inputs)):
+        fixed = {i: _only(site, k) for (i, site), k in zip(inputs, chosen, strict=True)}
+        named = {s.name: s.choices[k] for (_, s), k in zip(inputs, chosen, strict=True)}
+        yield _Run(net, named, fixed, {path: _only_full(s) for path, s in _paths(net, modules)})
+        for column, site in modules:
+            for k, choice in enumerate(site.choices):
+                if choice == site.full:
+                    continue
+                gates = {path: (column, _only(site, k)) for path in _replaced(net, site, choice)}
+                yield _Run(net, {**named, site.name: choice}, fixed, gates, only=True)
+
+
+def _kind(net: Elastic, site: Site) -> str:
+    for choice in site.choices:
+        patch = net.patch_of(site.name, choice)
+        if patch.inputs is not None:
+            return "inputs"
+        if patch.modules:
+            return "modules"
+    return ""
+
+
+def _only(site: Site, index: int) -> np.ndarray:
+    return np.arange(len(site.choices)) == index
+
+
+def _only_full(site: tuple[int, Site]) -> tuple[int, np.ndarray]:
+    column, found = site
+    return column, np.array([choice == found.full for choice in found.choices])
+
+
+def _replaced(net: Elastic, site: Site, choice: int) -> list[str]:
+    return list(net.patch_of(site.name, choice).modules)
+
+
+def _paths(
+    net: Elastic, modules: list[tuple[int, Site]]
+) -> Iterable[tuple[str, tuple[int, Site]]]:
+    for column, site in modules:
+        for path in {p for c in site.choices for p in _replaced(net, site, c)}:
+            yield path, (column, site)
+
+
+class _Run:
+    """One recorded run, its sizes expressed in choices.
+
+    Args:
+        net: The elastic network.
+        choices: Choices of the sites that change which operators run.
+        fixed: For a column, the choices (as a mask) for which this run holds.
+        gates: For a module path, the column and choices for which what runs below it counts.
+        only: Whether nothing but what lies below these paths counts.
+    """
+
+    def __init__(
+        self,
+        net: Elastic,
+        choices: Mapping[str, int],
+        fixed: Mapping[int, np.ndarray],
+        gates: Mapping[str, tuple[int, np.ndarray]],
+        only: bool = False,
+    ) -> None:
+        self._net = net
+        self._fixed = {c: m.astype(np.int64) for c, m in fixed.items()}
+        self._gates = {p: (c, m.astype(np.int64)) for p, (c, m) in gates.items()}
+        self._only = only
+        self._patch = merge(net.patch_of(name, choice) for name, choice in choices.items())
+        self._recording, self._p = self._record()
+        self._sizes = self._atom_sizes()
+        self._blocks = self._block_masks()
+        self._blocks_memo: dict[str, dict[int, np.ndarray]] = {}
+
+    def _record(self) -> tuple[Recording, Propagation]:
+        graph = self._net.graph
+        if not self._patch.structural:
+            return graph.recording, graph.propagation
+        with Plan(graph, self._patch).applied(None):
+            recording = record(graph.model, self._net.args, self._net.kwargs)
+        return recording, propagate(recording)
+
+    def _atom_sizes(self) -> dict[Atom, tuple[int, np.ndarray]]:
+        """For every atom that a site shrinks: its column and its size by choice."""
+        sizes: dict[Atom, tuple[int, np.ndarray]] = {}
+        for column, site in enumerate(self._net.space.sites):
+            by_choice = [self._net.patch_of(site.name, c).sizes for c in site.choices]
+            for atom in {a for sizes_ in by_choice for a in sizes_}:
+                row = np.array([s.get(atom, atom.size) for s in by_choice], dtype=np.int64)
+                sizes[atom] = (column, row)
+        if self._p is self._net.graph.propagation:
+            return sizes
+        return self._translated(sizes)
+
+    def _translated(self, sizes: dict[Atom, Any]) -> dict[Atom, tuple[int, np.ndarray]]:
+        """The same for the atoms of another run, matched through the parameters."""
+        here: dict[Atom, tuple[int, np.ndarray]] = {}
+        for name, dims in self._net.graph.tensors.items():
+            ref = self._recording.tensors.get(name)
+            for base, other in zip(dims, self._p.dims[ref.id] if ref else (), strict=False):
+                pairs = list(zip(atoms(base), atoms(other), strict=False))
+                if [a.size for a, _ in pairs] == [b.size for _, b in pairs]:
+                    here.update({b: sizes[a] for a, b in pairs if a in sizes})
+        return here
+
+    def _block_masks(self) -> dict[str, list[tuple[int, np.ndarray]]]:
+        """For every block that can be left out: columns and the choices that keep it."""
+        masks: dict[str, list[tuple[int, np.ndarray]]] = defaultdict(list)
+        for column, site in enumerate(self._net.space.sites):
+            dropped = [self._net.patch_of(site.name, c).dropped for c in site.choices]
+            for block in {b for gone in dropped for b in gone}:
+                kept = np.array([block not in gone for gone in dropped], dtype=np.int64)
+                masks[block].append((column, kept))
+        return masks
+
+    def gate(self, path: str) -> dict[int, np.ndarray] | None:
+        """For which choices something at a module path exists; None: never in this run."""
+        if path not in self._blocks_memo:
+            factors = dict(self._fixed)
+            inside = False
+            for gated, (column, mask) in self._gates.items():
+                if path == gated or path.startswith(gated + "."):
+                    inside = True
+                    factors[column] = factors.get(column, 1) * mask
+            for block, masks in self._blocks.items():
+                if path == block or path.startswith(block + "."):
+                    for column, mask in masks:
+                        factors[column] = factors.get(column, 1) * mask
+            self._blocks_memo[path] = factors if inside or not self._only else {-1: mask_never}
+        found = self._blocks_memo[path]
+        return None if -1 in found else found
+
+    def terms(
+        self, dims: Iterable[Dim], factor: int, gates: Mapping[int, np.ndarray]
+    ) -> list[Term]:
+        """A product of sizes times a number, as terms."""
+        polynomial = reduce(multiply, map(monomials, dims), {(): factor})
+        found: list[Term] = []
+        for monomial, coefficient in polynomial.items():
+            factors = dict(gates)
+            for atom in monomial:
+                if atom in self._sizes:
+                    column, row = self._sizes[atom]
+                    factors[column] = factors[column] * row if column in factors else row
+                else:
+                    coefficient *= atom.size
+            found.append(Term(coefficient, factors))
+        return found
+
+    # --- sums --------------------------------------------------------------------------------
+
+    def sums(self) -> dict[str, list[Term]]:
+        """Terms of `params`, `macs` and `weight_bytes`."""
+        macs = [term for call in self._recording.calls for term in self._macs(call)]
+        params, weights = self._tensors()
+        return {"params": params, "macs": macs, "weight_bytes": weights}
+
+    def _macs(self, call: Call) -> list[Term]:
+        gates = self.gate(call.module)
+        dims = macs_of(call, self._p.of)
+        return [] if gates is None or dims is None else self.terms(*dims, gates)
+
+    def _tensors(self) -> tuple[list[Term], list[Term]]:
+        params: list[Term] = []
+        weights: list[Term] = []
+        parameters = dict(self._net.module.named_parameters())
+        saved = set(self._net.module.state_dict())
+        aliases: dict[str, list[str]] = defaultdict(list)
+        for name, owner in self._recording.aliases.items():
+            aliases[owner].append(name)
+        for name, ref in self._recording.tensors.items():
+            gates = self._shared_gate(aliases[name])
+            if gates is None:
+                continue
+            dims = self._p.dims[ref.id]
+            if name in parameters:
+                params.extend(self.terms(dims, 1, gates))
+            if not saved.isdisjoint(aliases[name]):
+                weights.extend(self.terms(dims, ref.dtype.itemsize, gates))
+        for path, module in self._patch.modules.items():
+            gates = self.gate(path)
+            if self._only and gates is not None:
+                own = list(module.parameters())
+                params.append(Term(sum(t.numel() for t in own), gates))
+                kept = module.state_dict().values()
+                weights.append(Term(sum(t.numel() * t.element_size() for t in kept), gates))
+        return params, weights
+
+    def _shared_gate(self, names: list[str]) -> dict[int, np.ndarray] | None:
+        """The gate of a tensor with several names: it exists while one of its owners does."""
+        found = [self.gate(name.rpartition(".")[0]) for name in names]
+        gates = [g for g in found if g is not None]
+        if not gates or any(p in self._patch.modules for n in names for p in _parents(n)):
+            return None
+        if all(g.keys() == gates[0].keys() for g in gates) and len(gates[0]) <= 1 + len(
+            self._fixed
+        ):
+            return {c: reduce(np.maximum, (g[c] for g in gates)) for c in gates[0]}
+        return dict(self._fixed)
+
+    # --- peaks -------------------------------------------------------------------------------
+
+    def points(self) -> list[list[Term]]:
+        """For each moment of the run that may hold the peak, the terms of the live bytes."""
+        if self._only:
+            return []
+        live = self._first_live()
+        standing_in = self._block_outputs()
+        moments: list[dict[int, Ref]] = [dict(live)] if live else []
+        places = [""] if live else []
+        owned = {ref.storage for ref in self._recording.tensors.values()}
+        made = {s: "" for s in live}
+        origin: dict[int, str] = dict(made)
+        for call in self._recording.calls:
+            grew = False
+            fresh = {ref.storage for ref in call.inputs} if "lift_fresh" in call.name else set()
+            known = {ref.storage for ref in call.inputs} - fresh
+            for ref in call.outputs:
+                if ref.storage not in live and ref.storage not in owned | known:
+                    live[ref.storage], origin[ref.storage] = ref, call.module
+                    grew = True
+            if grew:
+                moments.append(dict(live))
+                places.append(call.module)
+            for storage in call.freed:
+                live.pop(storage, None)
+        return self._undominated(moments, places, origin, standing_in)
+
+    def _first_live(self) -> dict[int, Ref]:
+        return {ref.storage: ref for ref in self._recording.inputs}
+
+    def _block_outputs(self) -> dict[int, str]:
+        """Main outputs of blocks that can be left out: their input stands in for them."""
+        found: dict[int, str] = {}
+        for call in self._recording.modules:
+            if call.path in self._blocks and call.outputs:
+                found[call.outputs[0].storage] = call.path
+        return found
+
+    def _undominated(
+        self,
+        moments: list[dict[int, Ref]],
+        places: list[str],
+        origin: dict[int, str],
+        standing_in: dict[int, str],
+    ) -> list[list[Term]]:
+        seen: list[frozenset[Any]] = []
+        found: list[tuple[frozenset[Any], list[Term]]] = []
+        for live, place in zip(moments, places, strict=True):
+            key = frozenset(live)
+            gates = self.gate(place)
+            if gates is None:
+                continue
+            gate_key = frozenset((c, m.tobytes()) for c, m in gates.items())
+            if any(key <= known and gate_key == g for known, g in seen):
+                continue
+            seen.append((key, gate_key))  # type: ignore[arg-type]
+            terms = [
+                term
+                for storage, ref in live.items()
+                for term in self._bytes(storage, ref, place, gates, origin, standing_in)
+            ]
+            found.append((key, terms))
+        return _without_dominated([terms for _, terms in found])
+
+    def _bytes(
+        self,
+        storage: int,
+        ref: Ref,
+        place: str,
+        gates: Mapping[int, np.ndarray],
+        origin: Mapping[int, str],
+        standing_in: Mapping[int, str],
+    ) -> list[Term]:
+        born = self.gate(origin.get(storage, "")) or {}
+        block = standing_in.get(storage)
+        outside = block is not None and not (place == block or place.startswith(block + "."))
+        factors = dict(gates)
+        if not outside:
+            for column, mask in born.items():
+                factors[column] = factors[column] * mask if column in factors else mask
+        whole = prod(ref.shape) * ref.dtype.itemsize
+        if whole != ref.nbytes:
+            return [Term(ref.nbytes, factors)]
+        return self.terms(self._p.of(ref), ref.dtype.itemsize, factors)
+
+
+mask_never = np.zeros(1, dtype=np.int64)
+
+
+def _parents(name: str) -> Iterable[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _without_dominated(points: list[list[Term]]) -> list[list[Term]]:
+    """Drop moments at which no more is alive than at another one, whatever the sizes."""
+    summed = []
+    for terms in points:
+        total: dict[Any, int] = defaultdict(int)
+        for term in terms:
+            key = frozenset((c, f.tobytes()) for c, f in term.factors.items())
+            total[key] += term.coefficient
+        summed.append(total)
+    order = sorted(range(len(points)), key=lambda i: -sum(summed[i].values()))
+    kept: list[int] = []
+    for i in order:
+        mine = summed[i]
+        if not any(all(summed[k].get(t, 0) >= v for t, v in mine.items()) for k in kept):
+            kept.append(i)
+    return [points[i] for i in sorted(kept)]
+
+
+# --- multiply-accumulates ------------------------------------------------------------------------
+
+Factors = tuple[list[Dim], int]
+
+
+def macs_of(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
+    """The multiply-accumulates of a call: sizes to multiply, and a factor; None if it has none.
+
+    Raises:
+        OperatorError: The operator may multiply and has no rule.
+    """
+    name = call.name.removeprefix("aten::").removesuffix("_")
+    if name in _MACS:
+        return _MACS[name](call, of)
+    if f"aten.{name}" in FREE or is_free(call.op):
+        return None
+    raise OperatorError(
+        f"operator '{call.name}' has no closed form for its MACs and may contain some; express "
+        "it by matrix products and convolutions, or add a rule to supple.cost.closed"
+    )
+
+
+def _matrix_product(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    a, b = call.inputs[-2:]
+    return [*of(a), of(b)[-1]], 1
+
+
+def _vector_product(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    return of(max(call.inputs, key=lambda ref: len(ref.shape))), 1
+
+
+def _convolution(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    x, weight = call.inputs[:2]
+    moved = x if argument(call, "transposed", False) else call.outputs[0]
+    return [*of(moved), *of(weight)[1:]], 1
+
+
+def _attention(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
+    query, key, value = (of(ref) for ref in call.inputs[:3])
+    if query[-1].size == value[-1].size and _one_size(query[-1], value[-1]):
+        return [*query, key[-2]], 2
+    return None
+
+
+def _one_size(a: Dim, b: Dim) -> bool:
+    return a.size == b.size
+
+
+def _grouped(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    left, right = call.inputs[:2]
+    return [*of(left), of(right)[-1]], 1
+
+
+def _recurrent(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    x, into, hidden = call.inputs[:3]
+    steps = prod(x.shape[:-1])
+    return [], steps * (prod(into.shape) + prod(hidden.shape))
+
+
+_MACS: dict[str, Callable[[Call, Callable[[Ref], list[Dim]]], Factors | None]] = {
+    "mm": _matrix_product,
+    "addmm": _matrix_product,
+    "bmm": _matrix_product,
+    "baddbmm": _matrix_product,
+    "mv": _vector_product,
+    "addmv": _vector_product,
+    "dot": _vector_product,
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "_grouped_mm": _grouped,
+    "mkldnn_rnn_layer": _recurrent,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+}
