@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from supple.errors import ConcurrencyError, SettingError, SuppleWarning, Unsuppo
 from supple.graph.couple import Graph, analyse
 from supple.graph.dims import Atom
 from supple.graph.order import expand_order, l1, permute
-from supple.plan import Plan
+from supple.plan import Plan, Shadows
+from supple.recompute import recomputing
 from supple.space import Config, Fixed, Site, Space
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Elastic:
         self._costs: Any = None
         self._lock = threading.Lock()
         self._active: Config | None = None
+        self._shadows: Shadows | None = None
         self._thread = 0
         found = [(axis, site) for axis in axes for site in axis.sites(graph)]
         self._axis_of = {site.name: axis for axis, site in found}
@@ -203,13 +205,21 @@ class Elastic:
 
     @contextmanager
     def _applied(self, config: Config) -> Iterator[None]:
-        from supple.recompute import recomputing
-
+        """Apply a size in place of the active one; recomputation asks for that in backward."""
+        outer = self._shadows
         plan = self._plan(config)
-        with plan.applied(self.statistics.get(config)), recomputing(
-            lambda: self._applied(config)
-        ):
-            yield
+        with ExitStack() as stack:
+            stack.enter_context(self._suspended())
+            self._shadows = stack.enter_context(plan.applied(self.statistics.get(config)))
+            stack.enter_context(recomputing(lambda: self._applied(config)))
+            try:
+                yield
+            finally:
+                self._shadows = outer
+
+    def _suspended(self) -> AbstractContextManager[None]:
+        """The full network, for the duration of the block, whatever size is active."""
+        return self._shadows.lifted() if self._shadows is not None else nullcontext()
 
     def extract(self, config: Config | Mapping[str, int]) -> nn.Module:
         """A standalone network of the given size: the same classes with smaller tensors.
@@ -234,7 +244,9 @@ class Elastic:
             )
         from supple.storage import noted
 
-        return noted(self, chosen, self._plan(chosen).extracted(self.statistics.get(chosen)))
+        with self._suspended():
+            extracted = self._plan(chosen).extracted(self.statistics.get(chosen))
+        return noted(self, chosen, extracted)
 
     def _lacks_statistics(self, config: Config) -> bool:
         partial = config != self.space.largest()
@@ -264,9 +276,7 @@ class Elastic:
 
         return verify(self, n)
 
-    def costs(
-        self, configs: Config | Sequence[Config] | np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def costs(self, configs: Config | Sequence[Config] | np.ndarray) -> dict[str, np.ndarray]:
         """Closed-form costs of many sizes.
 
         Args:
@@ -336,14 +346,24 @@ class Elastic:
 
     def patch(self, config: Config) -> Patch:
         """Everything that a size changes."""
-        return merge(
-            self.patch_of(name, choice) for name, choice in config.items()
-        )
+        return merge(self.patch_of(name, choice) for name, choice in config.items())
 
     def patch_of(self, name: str, choice: int) -> Patch:
         """What one choice at one site changes."""
-        site = self.space.site(name)
-        return Patch() if choice == site.full else self._axis_of[name].patch(site, choice)
+        return self._patch(self.space.site(name), choice)
+
+    def _patch(self, site: Site, choice: int) -> Patch:
+        full = choice == site.full
+        return Patch() if full else self._axis_of[site.name].patch(site, choice)
+
+    def swaps_parameters(self) -> bool:
+        """Whether some choice puts a module with parameters of its own in another's place."""
+        return any(
+            any(True for _ in module.parameters())
+            for site in self.space.sites
+            for choice in site.choices
+            for module in self._patch(site, choice).modules.values()
+        )
 
     def _plan(self, config: Config) -> Plan:
         plan = self._plans.get(config)
@@ -372,8 +392,7 @@ class Elastic:
     def _conditioned(self, sites: list[Site]) -> list[Site]:
         """Sites with the conditions under which they exist: their block is not left out."""
         dropping = [
-            (site, {c: self._axis_of[site.name].patch(site, c).dropped for c in site.choices})
-            for site in sites
+            (site, {c: self._patch(site, c).dropped for c in site.choices}) for site in sites
         ]
         dropping = [(site, by) for site, by in dropping if any(by.values())]
         result: list[Site] = []

@@ -32,7 +32,7 @@ class Slice:
             if isinstance(keep, int):
                 tensor = tensor.narrow(dim, 0, keep)
             else:
-                tensor = tensor.index_select(dim, keep)
+                tensor = tensor.index_select(dim, keep.to(tensor.device))
         return tensor
 
 
@@ -67,7 +67,9 @@ class Plan:
         self._attributes = {**graph.sizes.attributes(patch.sizes), **patch.attributes}
         self._slices = self._needed_slices()
         self._owners = _owners(graph.model)
-        self._short = [s for s in graph.stacks if any(s.path(b) in patch.dropped for b in s.blocks)]
+        self._short = [
+            s for s in graph.stacks if any(s.path(b) in patch.dropped for b in s.blocks)
+        ]
         self.is_full = not (
             self._slices
             or self._attributes
@@ -98,33 +100,24 @@ class Plan:
     # --- in place -------------------------------------------------------------------------
 
     @contextmanager
-    def applied(self, statistics: Mapping[str, Tensor] | None) -> Iterator[None]:
+    def applied(self, statistics: Mapping[str, Tensor] | None) -> Iterator[Shadows]:
         """Shadow the model's attributes for the duration of the block.
 
         Args:
             statistics: Running statistics of this size, used in evaluation mode.
         """
-        if self.is_full:
-            yield
-            return
-        undo: list[tuple[dict[str, Any], str, Any]] = []
+        undo = Shadows()
         try:
-            self._shadow_tensors(undo, statistics)
-            for key, value in self._attributes.items():
-                _set_integer(self._modules[key.module], key, value, undo)
-            self._shorten(self._modules, undo)
-            for path, module in self._patch.modules.items():
-                parent, _, name = path.rpartition(".")
-                _shadow(vars(self._modules[parent]), name, module, undo)
-            if self._patch.inputs is not None:
-                _shadow(vars(self._model), "forward", self._resized_forward(self._model), undo)
-            yield
+            if not self.is_full:
+                self._shadow_tensors(undo, statistics)
+                for key, value in self._attributes.items():
+                    _set_integer(self._modules[key.module], key, value, undo)
+                self._shorten(self._modules, undo)
+                if self._patch.inputs is not None:
+                    undo.put(vars(self._model), "forward", self._resized_forward(self._model))
+            yield undo
         finally:
-            for holder, name, value in reversed(undo):
-                if value is _ABSENT:
-                    del holder[name]
-                else:
-                    holder[name] = value
+            undo.undo()
 
     def _resized_forward(self, model: nn.Module) -> Any:
         forward, change = model.forward, self._patch.inputs
@@ -136,15 +129,13 @@ class Plan:
 
         return resized
 
-    def _shadow_tensors(
-        self, undo: list[tuple[dict[str, Any], str, Any]], statistics: Mapping[str, Tensor] | None
-    ) -> None:
+    def _shadow_tensors(self, undo: Shadows, statistics: Mapping[str, Tensor] | None) -> None:
         aliases = self._graph.recording.aliases
         running = self._running_names()
         made: dict[str, Tensor] = {}
         with torch.enable_grad():
-            for name, (module, attribute, tensor) in self._owners.items():
-                owner = aliases[name]
+            for name, (module, store, attribute) in self._owners.items():
+                owner, tensor = aliases[name], getattr(module, store)[attribute]
                 if owner in running:
                     if module.training:
                         value = self.sliced(owner, tensor).clone()  # batch statistics only
@@ -160,7 +151,7 @@ class Plan:
                     value = made[owner]
                 else:
                     continue
-                _shadow(vars(module), attribute, value, undo)
+                undo.put(vars(module), attribute, value)
 
     def _running_names(self) -> set[str]:
         """Buffers that hold running statistics of normalization layers."""
@@ -172,17 +163,15 @@ class Plan:
             if module._buffers[name] is not None
         }
 
-    def _shorten(
-        self, modules: Mapping[str, nn.Module], undo: list[tuple[dict[str, Any], str, Any]]
-    ) -> None:
-        """Leave blocks out: shorter containers, renumbered blocks, shorter per-layer lists."""
-        replaced: dict[str, nn.Module] = {}
+    def _shorten(self, modules: Mapping[str, nn.Module], undo: Shadows) -> None:
+        """Leave blocks out and swap modules: shorter containers, renumbered blocks and lists."""
+        replaced: dict[str, nn.Module] = dict(self._patch.modules)
         for container, keep in self._kept().items():
-            blocks = list(modules[container].children())
+            blocks = list(modules[container]._modules.values())
             for key, value in self._renumbered(container, keep):
                 _set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
-                _shadow(holder, name, type(items)(items[b] for b in keep), undo)
+                undo.put(holder, name, type(items)(items[b] for b in keep))
             kept = {str(i): blocks[b] for i, b in enumerate(keep)}
             replaced[container] = _with_children(modules[container], kept)
         while replaced:  # innermost first: a container inside a container is not an attribute
@@ -190,12 +179,14 @@ class Plan:
             short = replaced.pop(path)
             parent, _, name = path.rpartition(".")
             if not path:
-                _shadow(vars(modules[path]), "forward", short.forward, undo)
+                undo.put(vars(modules[path]), "forward", short.forward)
             elif isinstance(modules[parent], _CONTAINERS):
                 outer = replaced.get(parent, modules[parent])
-                replaced[parent] = _with_children(outer, {**outer._modules, name: short})
+                children = outer._modules.items()
+                swapped = {k: short if c is modules[path] else c for k, c in children}
+                replaced[parent] = _with_children(outer, swapped)
             else:
-                _shadow(vars(modules[parent]), name, short, undo)
+                undo.put(vars(modules[parent]), name, short)
 
     def _kept(self) -> dict[str, list[int]]:
         """For every shortened container, the positions of the children that stay."""
@@ -206,7 +197,9 @@ class Plan:
             kept[stack.container] = [b for b in before if b not in gone]
         return kept
 
-    def _renumbered(self, container: str, keep: list[int]) -> Iterator[tuple[AttributeKey, int]]:
+    def _renumbered(
+        self, container: str, keep: list[int]
+    ) -> Iterator[tuple[AttributeKey, int]]:
         stack = next(s for s in self._short if s.container == container)
         for relative, attribute in positional_attributes(self._modules, stack):
             for new, old in enumerate(keep):
@@ -230,7 +223,7 @@ class Plan:
             memo[id(tensor)] = value
         model: nn.Module = copy.deepcopy(self._model, memo)
         modules = dict(model.named_modules())
-        forgotten: list[tuple[dict[str, Any], str, Any]] = []
+        forgotten = Shadows()
         for key, integer in self._attributes.items():
             _set_integer(modules[key.module], key, integer, forgotten)
         self._cut_blocks(modules, forgotten)
@@ -245,12 +238,10 @@ class Plan:
 
         return Reshaped(model, self._patch.inputs)
 
-    def _cut_blocks(
-        self, modules: dict[str, nn.Module], undo: list[tuple[dict[str, Any], str, Any]]
-    ) -> None:
+    def _cut_blocks(self, modules: dict[str, nn.Module], undo: Shadows) -> None:
         for container, keep in self._kept().items():
             module = modules[container]
-            blocks = list(module.children())
+            blocks = list(module._modules.values())
             for key, value in self._renumbered(container, keep):
                 _set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
@@ -271,37 +262,58 @@ def _with_children(container: nn.Module, children: Mapping[str, nn.Module | None
     return other
 
 
-def _shadow(
-    holder: dict[str, Any], name: str, value: Any, undo: list[tuple[dict[str, Any], str, Any]]
-) -> None:
-    undo.append((holder, name, holder.get(name, _ABSENT)))
-    holder[name] = value
+class Shadows:
+    """Values put in place of others for a while."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[dict[str, Any], str, Any, Any]] = []
+
+    def put(self, holder: Any, name: str, value: Any) -> None:
+        """Put `value` at `holder[name]`, which is the `__dict__` of a module or an object."""
+        self._entries.append((holder, name, holder.get(name, _ABSENT), value))
+        holder[name] = value
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+        for holder, name, before, _ in reversed(self._entries):
+            if before is _ABSENT:
+                del holder[name]
+            else:
+                holder[name] = before
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Put back what was there before, for the duration of the block."""
+        self.undo()
+        try:
+            yield
+        finally:
+            for holder, name, _, value in self._entries:
+                holder[name] = value
 
 
-def _set_integer(
-    module: nn.Module, key: AttributeKey, value: int, undo: list[tuple[dict[str, Any], str, Any]]
-) -> None:
+def _set_integer(module: nn.Module, key: AttributeKey, value: int, undo: Shadows) -> None:
     holder: Any = vars(module)
     for name in key.chain[:-1]:
         holder = vars(holder[name])
     name = key.chain[-1]
     if key.index is None:
-        _shadow(holder, name, value, undo)
+        undo.put(holder, name, value)
         return
     items = list(holder[name])
     items[key.index] = value
-    _shadow(holder, name, type(holder[name])(items), undo)
+    undo.put(holder, name, type(holder[name])(items))
 
 
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Every parameter and buffer under every name: its module, attribute and value."""
-    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    found[f"{path}.{name}" if path else name] = (module, name, tensor)
-    return found
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
+    """Where every parameter and buffer is, under every name: module, store and attribute."""
+    return {
+        f"{path}.{name}" if path else name: (module, store, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for store in ("_parameters", "_buffers")
+        for name, tensor in getattr(module, store).items()
+        if tensor is not None
+    }
 
 
 def _first_owners(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -331,9 +343,7 @@ def positional_attributes(
     return found
 
 
-def _numbers(
-    modules: Mapping[str, nn.Module], stack: Stack, relative: str, name: str
-) -> bool:
+def _numbers(modules: Mapping[str, nn.Module], stack: Stack, relative: str, name: str) -> bool:
     for position in range(stack.length):
         path = stack.path(position) + (f".{relative}" if relative else "")
         module = modules.get(path)

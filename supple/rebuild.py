@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from supple.axes.base import Axis, Patch, Reshaped, merge
 from supple.errors import CheckpointError, SettingError
 from supple.graph.blocks import Stack
-from supple.graph.integers import AttributeKey
 from supple.models import base as models
-from supple.plan import _set_integer, per_layer_lists, positional_attributes
+from supple.plan import per_layer_lists, positional_attributes
 from supple.space import Config, Site
 from supple.technique import Technique, make, settings
 
@@ -482,7 +481,7 @@ def _extract(
 ) -> nn.Module:
     modules = dict(model.named_modules())
     for path, chain, index, value in step["attributes"]:
-        _set_integer(modules[path], AttributeKey(path, tuple(chain), index), value, [])
+        _put(modules[path], chain if index is None else [*chain, index], value)
     for container, kept in step["kept"].items():
         _shorten(modules, container, kept["of"], kept["blocks"])
     patch = merge(_patch_of(record, axes) for record in (*step["modules"], *step["inputs"]))
@@ -497,7 +496,7 @@ def _shorten(
 ) -> None:
     """Leaves blocks out, as `Plan.extracted` does."""
     module = modules[container]
-    blocks = list(module.children())
+    blocks = list(module._modules.values())
     stack = Stack(container, length, tuple(range(length)), 0)
     for relative, attribute in positional_attributes(modules, stack):
         for new, old in enumerate(keep):

@@ -118,10 +118,8 @@ def _found(module: nn.Module, args: Any, kwargs: Any) -> list[tuple[Setting, Any
         if search.same_outputs(config, args, kwargs):
             return list(_changes(json.loads(model.config.to_json_string(False)), config))
         reason = "the one that gives its sizes computes something else with its weights"
-    what, reason = type(module).__name__, reason or search.why
     raise UnsupportedModelError(
-        f"no configuration describes this {what}: "
-        f"{reason}; "
+        f"no configuration describes this {type(module).__name__}: {reason or search.why}; "
         "extract a uniform size, or save it with supple.save"
     )
 
@@ -509,14 +507,13 @@ class _Search:
 
     def same_outputs(self, config: dict[str, Any], args: Any, kwargs: Any) -> bool:
         """Whether the configured model computes what the sub-network computes."""
-        origin = {**self.origin, "config": config}
-        twin = _twin(self.module, origin)
-        mine, theirs = rebuild.outline(self.module), rebuild.outline(twin)
-        if next(rebuild.structural(mine, theirs), None):
-            return False
         try:
+            twin = _twin(self.module, {**self.origin, "config": config})
+            mine, theirs = rebuild.outline(self.module), rebuild.outline(twin)
+            if next(rebuild.structural(mine, theirs), None):
+                return False
             ours, its = (_outputs(network, args, kwargs) for network in (self.module, twin))
-        except Exception:  # whatever a forward raises: then nothing is proven
+        except Exception:  # whatever a model raises: then nothing is proven
             return False
         return len(ours) == len(its) and all(map(torch.equal, ours, its))
 

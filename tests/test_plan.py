@@ -188,10 +188,6 @@ def test_a_module_patch_stands_in_its_place() -> None:
     assert isinstance(plan.extracted(None).act, nn.Tanh)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a module is shadowed in vars(parent), but nn.Sequential runs its _modules",
-)
 def test_a_module_patch_stands_in_its_place_in_a_sequential() -> None:
     model = mlp()
     plan = Plan(analyse(model, inputs()), Patch(modules={"1": nn.Tanh()}))

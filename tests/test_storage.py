@@ -129,6 +129,31 @@ def test_classes_of_the_users_own_come_back_with_model(name, tmp_path):
     assert same(outputs(module, net.args, net.kwargs), outputs(again, net.args, net.kwargs))
 
 
+class Numbered(nn.Linear):
+    """A residual block that knows its position."""
+
+    def __init__(self, position):
+        super().__init__(6, 6)
+        self.position = position
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def numbered():
+    return nn.Sequential(*(Numbered(position) for position in range(3)))
+
+
+def test_blocks_of_the_users_own_are_numbered_anew(tmp_path):
+    axes = [Depth(pattern="any")]
+    net = elastic(numbered(), torch.randn(2, 6), axes=axes, verify=False)
+    module = net.extract({"1.keep": 0})
+    supple.save(module, tmp_path / "net")
+    loaded = supple.load(tmp_path / "net", model=numbered())
+    assert [block.position for block in loaded] == [0, 1]
+    assert torch.equal(loaded[1].weight, net.module[2].weight)
+
+
 def test_layers_of_different_sizes_come_back(tmp_path):
     net = network("llama")
     ffn = [s for s in net.space.sites if s.axis == "width" and s.full == 80]
@@ -418,6 +443,15 @@ def test_a_truncated_or_missing_file_is_named(saved, name, harm):
         path.write_bytes(content[: len(content) // 2 if harm == "truncate" else 0])
     with pytest.raises(CheckpointError, match=str(path)):
         supple.load(saved)
+
+
+def test_a_file_of_another_network_is_named(tmp_path):
+    for name in ("one", "two"):
+        supple.save(build("digits-cnn"), tmp_path / name)
+    stranger = (tmp_path / "two" / "weights.safetensors").read_bytes()
+    (tmp_path / "one" / "weights.safetensors").write_bytes(stranger)
+    with pytest.raises(CheckpointError, match=r"one/weights\.safetensors doesn't match"):
+        supple.load(tmp_path / "one")
 
 
 def test_a_newer_file_says_what_to_do(saved):

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from supple.axes.base import Axis, Inputs, Patch, choices_of
-from supple.errors import SettingError
+from supple.axes.base import Axis, Inputs, Patch, check_choices, choices_of
 from supple.graph.couple import Graph
 from supple.space import Site
 
@@ -51,7 +50,7 @@ class Resolution(Axis):
         choices: Heights (and widths) in pixels, or fractions of the example input's.
 
     Raises:
-        SettingError: No choices are given.
+        SettingError: A choice is neither a fraction in (0, 1] nor a positive integer.
 
     Example:
         >>> Resolution((160, 192, 224)).choices
@@ -63,8 +62,7 @@ class Resolution(Axis):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
-        if not self.choices:
-            raise SettingError("choices of resolution must not be empty")
+        check_choices(self.name, self.choices)
 
     def sites(self, graph: Graph) -> Sequence[Site]:
         images = [

@@ -66,9 +66,7 @@ class ClosedCosts:
                 self._peaks.append(self._packed(tables))
         self._packed_sums = {name: self._packed(t) for name, t in self._sums.items()}
 
-    def __call__(
-        self, rows: np.ndarray, names: Sequence[str] = COSTS
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, rows: np.ndarray, names: Sequence[str] = COSTS) -> dict[str, np.ndarray]:
         """Price configs.
 
         Args:
@@ -162,7 +160,9 @@ def _runs(net: Elastic) -> Iterable[_Run]:
             for k, choice in enumerate(site.choices):
                 if choice == site.full:
                     continue
-                gates = {path: (column, _only(site, k)) for path in _replaced(net, site, choice)}
+                gates = {
+                    path: (column, _only(site, k)) for path in _replaced(net, site, choice)
+                }
                 yield _Run(net, {**named, site.name: choice}, fixed, gates, only=True)
 
 

@@ -75,9 +75,7 @@ def find_stacks(
             continue
         prefix = f"{path}." if path else ""
         names = [f"{prefix}{i}" for i in range(len(module))]
-        reasons = [
-            _obstacle(calls[name], recording, p, used_after) for name in names
-        ]
+        reasons = [_obstacle(calls[name], recording, p, used_after) for name in names]
         _note_odd_ones(module, names, reasons)
         for run in _runs(reasons):
             least = 1 if len(run) == len(module) else 0
@@ -107,7 +105,7 @@ def _not_nested(model: nn.Module, stacks: list[Stack]) -> list[Stack]:
 
 def _alike(model: nn.Module, stack: Stack) -> bool:
     """Whether a block of the stack has a sibling with parameters of the same shapes."""
-    children = list(model.get_submodule(stack.container).children())
+    children = list(model.get_submodule(stack.container)._modules.values())
     shapes = [{(n, p.shape) for n, p in child.named_parameters()} for child in children]
     return any(
         shapes[block] <= other or shapes[block] >= other
@@ -129,7 +127,9 @@ def _runs(reasons: list[str]) -> Iterator[list[int]]:
 
 def _note_odd_ones(module: nn.Module, names: list[str], reasons: list[str]) -> None:
     """A block that owns parameters which its siblings lack is not interchangeable with them."""
-    owned = [frozenset(n for n, _ in child.named_parameters()) for child in module.children()]
+    owned = [
+        frozenset(n for n, _ in child.named_parameters()) for child in module._modules.values()
+    ]
     kinds = Counter(o for o, reason in zip(owned, reasons, strict=True) if not reason)
     if len(kinds) < 2:
         return

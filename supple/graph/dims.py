@@ -243,7 +243,9 @@ def _outer(dim: Dim, inner: Dim) -> Dim:
     pieces = parts_of(dim)
     if any(part.size % inner.size for part in pieces):
         raise Conflict
-    outers = [Atom(part.size // inner.size) if part.size > inner.size else ONE for part in pieces]
+    outers = [
+        Atom(part.size // inner.size) if part.size > inner.size else ONE for part in pieces
+    ]
     for part, outer_part in zip(pieces, outers, strict=True):
         _unify(part, product((outer_part, inner)))
     return concatenation(outers)

@@ -55,11 +55,11 @@ _CACHE: dict[Any, LearnedRule | None] = {}
 
 
 def learned_rule(p: Propagation, call: Call) -> list[Dims]:
-    """Apply the rule that `learn` finds; without one, everything the call touches is pinned."""
+    """Apply the rule that `learn` finds; without a usable one, everything is pinned."""
     rule = learn(call)
     name = call.name.removeprefix("aten::")
-    if rule is None:
-        p.unknown[call.name] = "its meta kernel does not accept symbolic sizes"
+    if rule is None or len(rule.outputs) != len(call.outputs):
+        p.unknown[call.name] = "its meta kernel does not tell what becomes of symbolic sizes"
         return pinned_rule(p, call, f"the operator {name} has no rule")
     inputs = [p.of(ref) for ref in call.inputs]
     for (i, a), (j, b) in rule.equal:

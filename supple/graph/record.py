@@ -180,7 +180,9 @@ def _unsupported(model: nn.Module, error: Exception) -> UnsupportedModelError:
     )
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool
+) -> Recording:
     recorder = _Recorder(fake)
     collecting = gc.isenabled()
     training = {module: module.training for module in model.modules()}
@@ -290,7 +292,9 @@ class _Recorder:
         if known is not None and known[0]() is tensor:
             return known[1]
         storage, nbytes = self._storage(tensor)
-        ref = Ref(self._next_tensor, tuple(map(int, tensor.shape)), tensor.dtype, storage, nbytes)
+        ref = Ref(
+            self._next_tensor, tuple(map(int, tensor.shape)), tensor.dtype, storage, nbytes
+        )
         self._next_tensor += 1
         self._refs[id(tensor)] = (weakref.ref(tensor), ref)
         return ref
@@ -401,7 +405,11 @@ class _Functions(TorchFunctionMode):
             return self._size(*args, **kwargs)
         recorder = self._recorder
         before = recorder.function, recorder.integers, recorder.where
-        integers = list(_integers((args[1:] if isinstance(args[0], Tensor) else args, kwargs))) if args else []
+        integers = (
+            list(_integers((args[1:] if isinstance(args[0], Tensor) else args, kwargs)))
+            if args
+            else []
+        )
         recorder.function, recorder.integers = name, integers
         recorder.where = _location() if integers else ""
         try:
@@ -444,4 +452,3 @@ def _location() -> str:
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
-

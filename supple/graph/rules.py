@@ -297,9 +297,7 @@ def _relate_stop(p: Propagation, call: Call, dim: Dim, size: int, after: Dim) ->
         p.relate(dim, _traced(call, size), call)
 
 
-def _relate_cut(
-    p: Propagation, call: Call, at: int, size: int, head: Dim, tail: Dim
-) -> None:
+def _relate_cut(p: Propagation, call: Call, at: int, size: int, head: Dim, tail: Dim) -> None:
     """Relate the two sides of a cut to the integer that placed it."""
     for integer in call.integers:
         if integer is not None and integer == at:
@@ -355,9 +353,7 @@ def split_parts(p: Propagation, call: Call) -> list[Dims]:
     return [[*dims[:axis], part, *dims[axis + 1 :]] for part in parts]
 
 
-def _relate_parts(
-    p: Propagation, call: Call, parts: Dims, sizes: list[int], axis: int
-) -> None:
+def _relate_parts(p: Propagation, call: Call, parts: Dims, sizes: list[int], axis: int) -> None:
     if call.function in ("chunk", "unsafe_chunk", "tensor_split"):
         for part in parts[1:]:
             p.relate(part, TracedInt(part.size, Size(call.outputs[0].id, axis)), call)
@@ -561,9 +557,11 @@ def mv(p: Propagation, call: Call) -> list[Dims]:
 def grouped_mm(p: Propagation, call: Call) -> list[Dims]:
     a, b = p.of(call.inputs[0]), p.of(call.inputs[1])
     unify(a[-1], b[-2], "a grouped matrix product")
-    return [[*a[:-1], b[-1]]] if len(b) == 3 and len(a) == 2 else [
-        [fixed(n, "a grouped matrix product") for n in call.outputs[0].shape]
-    ]
+    return (
+        [[*a[:-1], b[-1]]]
+        if len(b) == 3 and len(a) == 2
+        else [[fixed(n, "a grouped matrix product") for n in call.outputs[0].shape]]
+    )
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution")
@@ -738,4 +736,3 @@ def pinned_rule(p: Propagation, call: Call, reason: str) -> list[Dims]:
         for dim in p.of(ref):
             pin(dim, reason)
     return [[fixed(n, reason) for n in ref.shape] for ref in call.outputs]
-

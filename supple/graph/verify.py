@@ -100,10 +100,11 @@ class _Verifier:
     def __init__(self, net: Elastic, seed: int) -> None:
         self._seed = seed
         self._final = final_outputs(net.graph.recording)
+        own = next((p.dtype for p in net.module.parameters()), torch.float32)
         try:
-            self._prepare(net, torch.float64)
+            self._prepare(net, own if net.swaps_parameters() else torch.float64)
         except Exception:  # some kernels take no float64; what fails for good fails again
-            self._prepare(net, torch.float32)
+            self._prepare(net, own)
 
     def _prepare(self, net: Elastic, dtype: torch.dtype) -> None:
         """Make the twin in this type, and its outputs at full size."""
@@ -123,7 +124,7 @@ class _Verifier:
 
     def report(self, names: Sequence[str], n: int) -> Report:
         """All comparisons with only the named sites varying."""
-        report = Report(TOLERANCES[self._dtype])
+        report = Report(TOLERANCES.get(self._dtype, 0.05))
         space = self._twin.space
         chosen = set(names)
         smallest = {s.name: s.choices[0] for s in space.sites if s.name in chosen}
@@ -201,7 +202,9 @@ class _Verifier:
         permute(moved, self._twin.graph, order)
         for inputs, full in zip(self._inputs, self._full, strict=True):
             permuted = self._run(moved, inputs)
-            report.note("full and permuted", _difference(self._of(full), self._of(permuted)), "")
+            report.note(
+                "full and permuted", _difference(self._of(full), self._of(permuted)), ""
+            )
 
     def _of(self, outputs: list[Tensor]) -> list[Tensor]:
         return [outputs[i] for i in self._final if i < len(outputs)]
@@ -274,9 +277,7 @@ def _shorter_length(inputs: Inputs) -> Inputs | None:
     if len(lengths) != 1 or min(lengths) < 4:
         return None
     length = lengths.pop()
-    shorter = [
-        t[:, : length - 1] if any(t is token for token in tokens) else t for t in leaves
-    ]
+    shorter = [t[:, : length - 1] if any(t is token for token in tokens) else t for t in leaves]
     result: Inputs = tree_unflatten(shorter, spec)
     return result
 
@@ -304,7 +305,10 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             value = noise / max(1, parameter[0].numel()) ** 0.5
         parameter.copy_(value)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+        if (
+            isinstance(module, nn.modules.batchnorm._NormBase)
+            and module.running_mean is not None
+        ):
             shape = module.running_mean.shape
             module.running_mean.copy_(0.5 * torch.randn(shape, generator=generator))
             assert module.running_var is not None
@@ -344,7 +348,9 @@ def _passed_by(forward: Callable[..., Any]) -> Callable[..., Any]:
         place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         leaves[place] = next(
-            t for t in inputs if t.shape == leaves[place].shape and t.dtype == leaves[place].dtype
+            t
+            for t in inputs
+            if t.shape == leaves[place].shape and t.dtype == leaves[place].dtype
         )
         return tree_unflatten(leaves, spec)
 

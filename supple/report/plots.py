@@ -89,7 +89,7 @@ def front_figure(summary: Summary, cost: str | None = None) -> Figure:
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda y, _: metric_text(summary.metric, y))
         )
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -200,10 +200,6 @@ def test_encoding_and_mutation_know_own_sites() -> None:
         assert found.space.contains(neighbour)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a module is shadowed in vars(parent), but nn.Sequential runs its _modules",
-)
 def test_an_operator_axis_works_inside_a_sequential() -> None:
     model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3))
     found = elastic(shake(model), torch.randn(4, 5), axes=[Operator(("1",))], verify=False)
