@@ -1,9 +1,9 @@
 """`Elastic`: a network that runs at any size, and gives any size as a network of its own.
 
 The supernet is the user's own module. Inside `at` the attributes through which its modules see
-their parameters are shadowed by slices of these parameters, integers that the code computes with
-get the values of the chosen size, and containers are shortened; on exit everything is as before.
-`extract` applies the same changes to a copy.
+their parameters are shadowed by slices of these parameters, integers that the code computes
+with get the values of the chosen size, and containers are shortened; on exit everything is as
+before. `extract` applies the same changes to a copy.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class Elastic:
     def _applied(self, config: Config) -> Iterator[None]:
         """Apply a size in place of the active one; recomputation asks for that in backward."""
         outer = self._shadows
-        plan = self._plan(config)
+        plan = self.plan(config)
         with ExitStack() as stack:
             stack.enter_context(self._suspended())
             self._shadows = stack.enter_context(plan.applied(self.statistics.get(config)))
@@ -245,7 +245,7 @@ class Elastic:
         from supple.storage import noted
 
         with self._suspended():
-            extracted = self._plan(chosen).extracted(self.statistics.get(chosen))
+            extracted = self.plan(chosen).extracted(self.statistics.get(chosen))
         return noted(self, chosen, extracted)
 
     def _lacks_statistics(self, config: Config) -> bool:
@@ -365,7 +365,8 @@ class Elastic:
             for module in self._patch(site, choice).modules.values()
         )
 
-    def _plan(self, config: Config) -> Plan:
+    def plan(self, config: Config) -> Plan:
+        """The changes that a canonical config makes, worked out once."""
         plan = self._plans.get(config)
         if plan is None:
             if len(self._plans) > 512:

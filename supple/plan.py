@@ -1,4 +1,4 @@
-"""A size, worked out once: which tensor is sliced how, which integer changes, which block goes."""
+"""A size worked out: which tensor is sliced how, which integer changes, which block goes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Plan:
         )
 
     def _needed_slices(self) -> dict[str, Slice]:
-        tensors = dict(self._model.named_parameters())
+        tensors: dict[str, Tensor] = dict(self._model.named_parameters())
         tensors.update(self._model.named_buffers())
         found: dict[str, Slice] = {}
         for name, dims in self._graph.tensors.items():
@@ -111,7 +111,7 @@ class Plan:
             if not self.is_full:
                 self._shadow_tensors(undo, statistics)
                 for key, value in self._attributes.items():
-                    _set_integer(self._modules[key.module], key, value, undo)
+                    set_integer(self._modules[key.module], key, value, undo)
                 self._shorten(self._modules, undo)
                 if self._patch.inputs is not None:
                     undo.put(vars(self._model), "forward", self._resized_forward(self._model))
@@ -152,6 +152,18 @@ class Plan:
                 else:
                     continue
                 undo.put(vars(module), attribute, value)
+        self._shadow_lists(undo)
+
+    def _shadow_lists(self, undo: Shadows) -> None:
+        """Lists in which a module keeps its own parameters (recurrent layers do)."""
+        for module in self._modules.values():
+            owned = {id(t): name for name, t in module._parameters.items() if t is not None}
+            if not any(name in vars(module) for name in owned.values()):
+                continue
+            for name, items in list(vars(module).items()):
+                if isinstance(items, list) and any(id(item) in owned for item in items):
+                    now = [vars(module).get(owned.get(id(t), ""), t) for t in items]
+                    undo.put(vars(module), name, now)
 
     def _running_names(self) -> set[str]:
         """Buffers that hold running statistics of normalization layers."""
@@ -164,12 +176,12 @@ class Plan:
         }
 
     def _shorten(self, modules: Mapping[str, nn.Module], undo: Shadows) -> None:
-        """Leave blocks out and swap modules: shorter containers, renumbered blocks and lists."""
+        """Leave out blocks, swap modules: shorter containers, renumbered blocks and lists."""
         replaced: dict[str, nn.Module] = dict(self._patch.modules)
         for container, keep in self._kept().items():
             blocks = list(modules[container]._modules.values())
             for key, value in self._renumbered(container, keep):
-                _set_integer(modules[key.module], key, value, undo)
+                set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
                 undo.put(holder, name, type(items)(items[b] for b in keep))
             kept = {str(i): blocks[b] for i, b in enumerate(keep)}
@@ -225,13 +237,13 @@ class Plan:
         modules = dict(model.named_modules())
         forgotten = Shadows()
         for key, integer in self._attributes.items():
-            _set_integer(modules[key.module], key, integer, forgotten)
+            set_integer(modules[key.module], key, integer, forgotten)
         self._cut_blocks(modules, forgotten)
         for path, module in self._patch.modules.items():
             parent, _, name = path.rpartition(".")
             setattr(modules[parent], name, copy.deepcopy(module))
         for module in model.modules():
-            _describe(module)
+            describe(module)
         if self._patch.inputs is None:
             return model
         from supple.axes.base import Reshaped
@@ -243,7 +255,7 @@ class Plan:
             module = modules[container]
             blocks = list(module._modules.values())
             for key, value in self._renumbered(container, keep):
-                _set_integer(modules[key.module], key, value, undo)
+                set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
                 holder[name] = type(items)(items[b] for b in keep)
             module._modules.clear()
@@ -292,7 +304,7 @@ class Shadows:
                 holder[name] = value
 
 
-def _set_integer(module: nn.Module, key: AttributeKey, value: int, undo: Shadows) -> None:
+def set_integer(module: nn.Module, key: AttributeKey, value: int, undo: Shadows) -> None:
     holder: Any = vars(module)
     for name in key.chain[:-1]:
         holder = vars(holder[name])
@@ -380,7 +392,7 @@ _DESCRIPTIONS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
 }
 
 
-def _describe(module: nn.Module) -> None:
+def describe(module: nn.Module) -> None:
     """Correct what a layer of PyTorch's own prints about its sizes."""
     for kind, attributes in _DESCRIPTIONS.items():
         weight = getattr(module, "weight", None)

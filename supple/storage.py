@@ -31,7 +31,7 @@ from supple.axes.base import Axis
 from supple.errors import CheckpointError, ConcurrencyError, SettingError
 from supple.graph.couple import analyse
 from supple.network import Elastic
-from supple.plan import _describe
+from supple.plan import describe
 from supple.space import Config, Fixed, Space
 from supple.uniform import fitted, uniform_config
 
@@ -488,7 +488,7 @@ def _fill(
     if description["provenance"]["steps"]:
         vars(module)["supple_provenance"] = description["provenance"]
     for part in module.modules():
-        _describe(part)
+        describe(part)
 
 
 def _set_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:

@@ -104,7 +104,7 @@ def _both(first: Callable[..., Inputs], second: Callable[..., Inputs]) -> Callab
 
 
 class Reshaped(nn.Module):
-    """A network whose inputs are changed first (scaled, say), as the size it stands for asks."""
+    """A network whose inputs are changed first (scaled, say) as the size it stands for asks."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ def choices_of(
 
 
 def check_choices(axis: str, choices: Sequence[int | float] | None) -> None:
-    """Raise a `SettingError` unless every choice is a fraction in (0, 1] or a positive integer."""
+    """Raise `SettingError` unless each choice is a fraction in (0, 1] or a positive integer."""
     for choice in choices or ():
         good = isinstance(choice, int | float) and not isinstance(choice, bool)
         if not good or choice <= 0 or (isinstance(choice, float) and choice > 1):

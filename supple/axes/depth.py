@@ -87,7 +87,8 @@ class Depth(Axis):
         return [DepthSite(label, self.name, offered, full, stack=stack)] if offered[1:] else []
 
     def patch(self, site: Site, choice: int) -> Patch:
-        assert isinstance(site, DepthSite) and site.stack is not None
+        assert isinstance(site, DepthSite)
+        assert site.stack is not None
         stack = site.stack
         if site.block is not None:
             kept = set(stack.blocks) - ({site.block} if choice == 0 else set())
@@ -105,5 +106,6 @@ class Depth(Axis):
         return {blocks[round(i * last / (count - 1))] for i in range(count)}
 
     def paths(self, site: Site) -> tuple[str, ...]:
-        assert isinstance(site, DepthSite) and site.stack is not None
+        assert isinstance(site, DepthSite)
+        assert site.stack is not None
         return (site.stack.container,)

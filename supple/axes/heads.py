@@ -15,10 +15,10 @@ __all__ = ["Heads"]
 
 @dataclass(frozen=True)
 class Heads(GroupAxis):
-    """Makes the number of attention heads elastic, fused and grouped-query projections included.
+    """Makes the count of attention heads elastic, fused and grouped-query projections included.
 
-    With grouped queries a site is the number of key-value heads, each with its query heads, and
-    a second one (named `queries`) the number of query heads per key-value head.
+    With grouped queries a site is the number of key-value heads, each with its query heads,
+    and a second one (named `queries`) the number of query heads per key-value head.
 
     Args:
         choices: Head counts on offer: fractions of the full count (floats in (0, 1]) or

@@ -2,14 +2,14 @@
 
 The recorded run gives every cost as a sum of products of sizes. Each product depends on the
 choices of a few sites only, so it is tabulated over those; a million configs are then priced by
-adding table look-ups. The definitions are those of `supple.cost.count`, which counts the same on
-a real network.
+adding table look-ups. The definitions are those of `supple.cost.count`, which counts the same
+on a real network.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product as combinations
@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from supple.axes.base import merge
-from supple.cost.count import FREE, is_free
-from supple.errors import OperatorError
+from supple.cost.products import macs_of
 from supple.graph.couple import propagate
-from supple.graph.dims import Atom, Dim, atoms, monomials, multiply
+from supple.graph.dims import Atom, Dim, Monomial, atoms, monomials, multiply
 from supple.graph.record import Call, Recording, Ref, record
-from supple.graph.rules import Propagation, argument
+from supple.graph.rules import Propagation
 from supple.plan import Plan
 from supple.space import Site
 
@@ -36,6 +35,7 @@ __all__ = ["COSTS", "ClosedCosts"]
 COSTS = ("params", "macs", "weight_bytes", "activation_bytes")
 _LARGEST_TABLE = 4096
 _CHUNK = 16384
+_NEVER = np.zeros(1, dtype=np.int64)
 
 Columns = tuple[int, ...]
 Tables = dict[Columns, np.ndarray]
@@ -144,7 +144,7 @@ class Term:
     factors: dict[int, np.ndarray]
 
 
-# --- the recorded runs that together cover every choice ----------------------------------------
+# --- the recorded runs that together cover every choice ---------------------------------------
 
 
 def _runs(net: Elastic) -> Iterable[_Run]:
@@ -177,7 +177,8 @@ def _kind(net: Elastic, site: Site) -> str:
 
 
 def _only(site: Site, index: int) -> np.ndarray:
-    return np.arange(len(site.choices)) == index
+    mask: np.ndarray = np.arange(len(site.choices)) == index
+    return mask
 
 
 def _only_full(site: tuple[int, Site]) -> tuple[int, np.ndarray]:
@@ -231,7 +232,12 @@ class _Run:
         if not self._patch.structural:
             return graph.recording, graph.propagation
         with Plan(graph, self._patch).applied(None):
-            recording = record(graph.model, self._net.args, self._net.kwargs)
+            recording = record(
+                graph.model,
+                self._net.args,
+                self._net.kwargs,
+                standing_in=self._patch.modules,
+            )
         return recording, propagate(recording)
 
     def _atom_sizes(self) -> dict[Atom, tuple[int, np.ndarray]]:
@@ -280,7 +286,7 @@ class _Run:
                 if path == block or path.startswith(block + "."):
                     for column, mask in masks:
                         factors[column] = factors.get(column, 1) * mask
-            self._blocks_memo[path] = factors if inside or not self._only else {-1: mask_never}
+            self._blocks_memo[path] = factors if inside or not self._only else {-1: _NEVER}
         found = self._blocks_memo[path]
         return None if -1 in found else found
 
@@ -288,7 +294,8 @@ class _Run:
         self, dims: Iterable[Dim], factor: int, gates: Mapping[int, np.ndarray]
     ) -> list[Term]:
         """A product of sizes times a number, as terms."""
-        polynomial = reduce(multiply, map(monomials, dims), {(): factor})
+        start: dict[Monomial, int] = {(): factor}
+        polynomial = reduce(multiply, map(monomials, dims), start)
         found: list[Term] = []
         for monomial, coefficient in polynomial.items():
             factors = dict(gates)
@@ -363,8 +370,7 @@ class _Run:
         moments: list[dict[int, Ref]] = [dict(live)] if live else []
         places = [""] if live else []
         owned = {ref.storage for ref in self._recording.tensors.values()}
-        made = {s: "" for s in live}
-        origin: dict[int, str] = dict(made)
+        origin = dict.fromkeys(live, "")
         for call in self._recording.calls:
             grew = False
             fresh = {ref.storage for ref in call.inputs} if "lift_fresh" in call.name else set()
@@ -398,7 +404,7 @@ class _Run:
         origin: dict[int, str],
         standing_in: dict[int, str],
     ) -> list[list[Term]]:
-        seen: list[frozenset[Any]] = []
+        seen: list[tuple[frozenset[int], frozenset[tuple[int, bytes]]]] = []
         found: list[tuple[frozenset[Any], list[Term]]] = []
         for live, place in zip(moments, places, strict=True):
             key = frozenset(live)
@@ -408,7 +414,7 @@ class _Run:
             gate_key = frozenset((c, m.tobytes()) for c, m in gates.items())
             if any(key <= known and gate_key == g for known, g in seen):
                 continue
-            seen.append((key, gate_key))  # type: ignore[arg-type]
+            seen.append((key, gate_key))
             terms = [
                 term
                 for storage, ref in live.items()
@@ -439,9 +445,6 @@ class _Run:
         return self.terms(self._p.of(ref), ref.dtype.itemsize, factors)
 
 
-mask_never = np.zeros(1, dtype=np.int64)
-
-
 def _parents(name: str) -> Iterable[str]:
     while name:
         name = name.rpartition(".")[0]
@@ -464,79 +467,3 @@ def _without_dominated(points: list[list[Term]]) -> list[list[Term]]:
         if not any(all(summed[k].get(t, 0) >= v for t, v in mine.items()) for k in kept):
             kept.append(i)
     return [points[i] for i in sorted(kept)]
-
-
-# --- multiply-accumulates ------------------------------------------------------------------------
-
-Factors = tuple[list[Dim], int]
-
-
-def macs_of(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
-    """The multiply-accumulates of a call: sizes to multiply, and a factor; None if it has none.
-
-    Raises:
-        OperatorError: The operator may multiply and has no rule.
-    """
-    name = call.name.removeprefix("aten::").removesuffix("_")
-    if name in _MACS:
-        return _MACS[name](call, of)
-    if f"aten.{name}" in FREE or is_free(call.op):
-        return None
-    raise OperatorError(
-        f"operator '{call.name}' has no closed form for its MACs and may contain some; express "
-        "it by matrix products and convolutions, or add a rule to supple.cost.closed"
-    )
-
-
-def _matrix_product(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
-    a, b = call.inputs[-2:]
-    return [*of(a), of(b)[-1]], 1
-
-
-def _vector_product(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
-    return of(max(call.inputs, key=lambda ref: len(ref.shape))), 1
-
-
-def _convolution(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
-    x, weight = call.inputs[:2]
-    moved = x if argument(call, "transposed", False) else call.outputs[0]
-    return [*of(moved), *of(weight)[1:]], 1
-
-
-def _attention(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
-    query, key, value = (of(ref) for ref in call.inputs[:3])
-    if query[-1].size == value[-1].size and _one_size(query[-1], value[-1]):
-        return [*query, key[-2]], 2
-    return None
-
-
-def _one_size(a: Dim, b: Dim) -> bool:
-    return a.size == b.size
-
-
-def _grouped(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
-    left, right = call.inputs[:2]
-    return [*of(left), of(right)[-1]], 1
-
-
-def _recurrent(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
-    x, into, hidden = call.inputs[:3]
-    steps = prod(x.shape[:-1])
-    return [], steps * (prod(into.shape) + prod(hidden.shape))
-
-
-_MACS: dict[str, Callable[[Call, Callable[[Ref], list[Dim]]], Factors | None]] = {
-    "mm": _matrix_product,
-    "addmm": _matrix_product,
-    "bmm": _matrix_product,
-    "baddbmm": _matrix_product,
-    "mv": _vector_product,
-    "addmv": _vector_product,
-    "dot": _vector_product,
-    "convolution": _convolution,
-    "_convolution": _convolution,
-    "_grouped_mm": _grouped,
-    "mkldnn_rnn_layer": _recurrent,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_fused_attention_overrideable": _attention,
-}

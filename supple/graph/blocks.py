@@ -21,22 +21,47 @@ from supple.graph.rules import Propagation
 
 __all__ = ["Stack", "find_stacks"]
 
-_CARRIES = {
-    "aten::" + name
+_CARRIES = frozenset(
+    f"aten::{name}"
     for name in (
-        "native_layer_norm _fused_rms_norm native_batch_norm native_group_norm clone detach alias "
-        "view _unsafe_view permute transpose unsqueeze squeeze _to_copy native_dropout slice cat "
-        "_native_batch_norm_legit_no_training constant_pad_nd contiguous expand"
-    ).split()
-}
+        "_fused_rms_norm",
+        "_native_batch_norm_legit_no_training",
+        "_to_copy",
+        "_unsafe_view",
+        "alias",
+        "cat",
+        "clone",
+        "constant_pad_nd",
+        "contiguous",
+        "detach",
+        "expand",
+        "native_batch_norm",
+        "native_dropout",
+        "native_group_norm",
+        "native_layer_norm",
+        "permute",
+        "slice",
+        "squeeze",
+        "transpose",
+        "unsqueeze",
+        "view",
+    )
+)
 
-_CONTRACTS = {
-    "aten::" + name
+_CONTRACTS = frozenset(
+    f"aten::{name}"
     for name in (
-        "mm addmm bmm baddbmm convolution mv _grouped_mm mkldnn_rnn_layer "
-        "_scaled_dot_product_flash_attention_for_cpu"
-    ).split()
-}
+        "_grouped_mm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "addmm",
+        "baddbmm",
+        "bmm",
+        "convolution",
+        "mkldnn_rnn_layer",
+        "mm",
+        "mv",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,10 @@ def _not_nested(model: nn.Module, stacks: list[Stack]) -> list[Stack]:
 def _alike(model: nn.Module, stack: Stack) -> bool:
     """Whether a block of the stack has a sibling with parameters of the same shapes."""
     children = list(model.get_submodule(stack.container)._modules.values())
-    shapes = [{(n, p.shape) for n, p in child.named_parameters()} for child in children]
+    shapes = [
+        {(n, p.shape) for n, p in child.named_parameters()} if child is not None else set()
+        for child in children
+    ]
     return any(
         shapes[block] <= other or shapes[block] >= other
         for block in stack.blocks
@@ -128,7 +156,8 @@ def _runs(reasons: list[str]) -> Iterator[list[int]]:
 def _note_odd_ones(module: nn.Module, names: list[str], reasons: list[str]) -> None:
     """A block that owns parameters which its siblings lack is not interchangeable with them."""
     owned = [
-        frozenset(n for n, _ in child.named_parameters()) for child in module._modules.values()
+        frozenset(n for n, _ in child.named_parameters()) if child is not None else frozenset()
+        for child in module._modules.values()
     ]
     kinds = Counter(o for o, reason in zip(owned, reasons, strict=True) if not reason)
     if len(kinds) < 2:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from supple.errors import UnsupportedModelError
 from supple.graph.blocks import Stack, find_stacks
 from supple.graph.dims import Atom, Dim, Product, Sum, atoms, find, pin
 from supple.graph.integers import AttributeKey, leaves
@@ -86,20 +87,19 @@ class Graph:
         return any(atom in reduced for atom in group.atoms)
 
 
-def propagate(recording: Recording, known: Mapping[str, Dims] | None = None) -> Propagation:
+def propagate(recording: Recording, before: Propagation | None = None) -> Propagation:
     """Propagate dimensions through a recorded run.
 
     Args:
         recording: The run.
-        known: Dimensions of parameters from an earlier run, to be shared with this one.
+        before: What an earlier run of the same model told, to be added to; parameters of the
+            two runs share their dimensions.
     """
-    p = Propagation()
+    p = before or Propagation()
     for name, ref in recording.tensors.items():
-        shared = (known or {}).get(name)
-        if shared is not None and [d.size for d in shared] == list(ref.shape):
-            p.dims[ref.id] = shared
-        else:
-            p.dims[ref.id] = [Atom(n) if n != 1 else fixed(1, "") for n in ref.shape]
+        if name not in p.owned:
+            p.owned[name] = [Atom(n) if n != 1 else fixed(1, "") for n in ref.shape]
+        p.dims[ref.id] = p.owned[name]
     for ref in recording.inputs:
         p.dims.setdefault(ref.id, [fixed(n, "an input dimension") for n in ref.shape])
     for call in recording.calls:
@@ -157,12 +157,33 @@ def analyse(
     """
     recording = record(model, args, kwargs)
     propagation = propagate(recording)
-    tensors = {name: propagation.dims[ref.id] for name, ref in recording.tensors.items()}
-    graph = Graph(model, recording, propagation, tensors)
+    if not recording.fake:
+        _add_traced_path(model, args, kwargs, recording, propagation)
+    graph = Graph(model, recording, propagation, propagation.owned)
     _find_groups(graph)
     graph.stacks, left_in = find_stacks(model, recording, propagation)
     graph.fixed.update(left_in)
     return graph
+
+
+def _add_traced_path(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    recording: Recording,
+    p: Propagation,
+) -> None:
+    """Add what a run without values tells: code often takes a more general path then.
+
+    Libraries skip work that the values at hand make needless (a mask of ones), and with it the
+    integers that other values would need. Models that cannot run without values say no more.
+    """
+    try:
+        traced = record(model, args, kwargs, fake=True)
+    except UnsupportedModelError:
+        return
+    propagate(traced, p)
+    recording.equalities.extend(traced.equalities)
 
 
 def _attribute_values(model: nn.Module, p: Propagation) -> dict[AttributeKey, int]:
@@ -181,7 +202,7 @@ def _read(holder: Any, key: AttributeKey) -> int:
     return int(holder if key.index is None else holder[key.index])
 
 
-# --- groups ------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------
 
 
 def _find_groups(graph: Graph) -> None:
@@ -195,7 +216,8 @@ def _find_groups(graph: Graph) -> None:
             continue
         label = f"{places[0][0]}[{places[0][1]}]"
         reason = atom.pinned or _lonely(places)
-        together, unit = (atom,), 0
+        together: tuple[Atom, ...] = (atom,)
+        unit = 0
         if not reason:
             together, unit, reason = _satisfiable(graph, atom, taken)
         if reason:
@@ -231,7 +253,7 @@ def _members(
 
 
 def _kinds(graph: Graph) -> dict[Atom, str]:
-    """Which atoms are heads: outer factors of a parameter dimension that attention batches over."""
+    """Heads among atoms: outer factors of a parameter dimension that attention batches over."""
     batched = {atom for dim in graph.propagation.batched for atom in atoms(dim)}
     kinds: dict[Atom, str] = {}
     for dims in graph.tensors.values():

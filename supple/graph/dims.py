@@ -162,7 +162,7 @@ def _all_same(left: Sequence[Dim], right: Sequence[Dim]) -> bool:
     return len(left) == len(right) and all(map(same, left, right))
 
 
-class Conflict(Exception):
+class ConflictError(Exception):
     """Two structures that cannot both hold."""
 
 
@@ -179,7 +179,7 @@ def unify(a: Dim, b: Dim, why: str = "") -> None:
         return
     try:
         _unify(a, b)
-    except Conflict:
+    except ConflictError:
         reason = f"two incompatible inner structures meet{' in ' + why if why else ''}"
         pin(a, reason)
         pin(b, reason)
@@ -190,7 +190,7 @@ def _unify(a: Dim, b: Dim) -> None:
     if a is b or a.size == b.size == 1:
         return
     if a.size != b.size:
-        raise Conflict
+        raise ConflictError
     if isinstance(a, Atom) and isinstance(b, Atom):
         young, old = (a, b) if a.serial > b.serial else (b, a)
         _bind(young, old)
@@ -210,7 +210,7 @@ def _unify(a: Dim, b: Dim) -> None:
 
 def _bind(atom: Atom, dim: Dim) -> None:
     if any(inner is atom for inner in atoms(dim)):
-        raise Conflict
+        raise ConflictError
     atom.link = dim
     if atom.pinned:
         pin(dim, atom.pinned)
@@ -235,14 +235,14 @@ def _unify_products(left: list[Dim], right: list[Dim]) -> None:
 def _outer(dim: Dim, inner: Dim) -> Dim:
     """The outer factor that `dim` has once `inner` is known to be its innermost one."""
     if dim.size % inner.size:
-        raise Conflict
+        raise ConflictError
     if isinstance(dim, Atom):
         outer = Atom(dim.size // inner.size, dim.pinned)
         _bind(dim, product((outer, inner)))
         return outer
     pieces = parts_of(dim)
     if any(part.size % inner.size for part in pieces):
-        raise Conflict
+        raise ConflictError
     outers = [
         Atom(part.size // inner.size) if part.size > inner.size else ONE for part in pieces
     ]
@@ -277,7 +277,7 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim]:
     """Cut `dim` into its first `at` positions and the rest.
 
     Raises:
-        Conflict: The cut would go through the inner factor of a product.
+        ConflictError: The cut would go through the inner factor of a product.
     """
     dim = find(dim)
     if at == 0:
@@ -291,7 +291,7 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim]:
     if isinstance(dim, Product):
         outer, *inner = factors_of(dim)
         if at % prod(d.size for d in inner):
-            raise Conflict
+            raise ConflictError
         first, second = split(outer, at // prod(d.size for d in inner))
         return product((first, *inner)), product((second, *inner))
     heads: list[Dim] = []
@@ -300,9 +300,9 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim]:
         heads.append(pieces.pop(0))
         at -= heads[-1].size
     if at:
-        head, tail = split(pieces.pop(0), at)
-        heads.append(head)
-        pieces.insert(0, tail)
+        first, second = split(pieces.pop(0), at)
+        heads.append(first)
+        pieces.insert(0, second)
     return concatenation(heads), concatenation(pieces)
 
 
@@ -325,10 +325,10 @@ def _unify_mixed(parts: list[Dim], factors: list[Dim]) -> None:
         elif len(block) == 1:
             _unify(block[0], product((piece, *inner)))
         else:
-            raise Conflict
+            raise ConflictError
         outer, block = rest, []
     if block:
-        raise Conflict
+        raise ConflictError
 
 
 def evaluate(dim: Dim, sizes: Mapping[Atom, int]) -> int:

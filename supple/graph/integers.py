@@ -93,7 +93,7 @@ class TracedInt(int):
     """
 
     expression: Expression
-    #: Called with both expressions when two traced integers are found equal by the code.
+    #: Called with both expressions when the code finds a traced integer equal to another one.
     on_equal: Callable[[Expression, Expression], None] | None = None
 
     def __new__(cls, value: int, expression: Expression) -> TracedInt:
@@ -111,9 +111,9 @@ class TracedInt(int):
         return int, (int(self),)
 
     def __eq__(self, other: object) -> bool:
-        equal = int.__eq__(self, other)  # type: ignore[arg-type, operator]
-        if equal is True and isinstance(other, TracedInt) and TracedInt.on_equal:
-            TracedInt.on_equal(self.expression, other.expression)
+        equal = int.__eq__(self, other)
+        if equal is True and self > 1 and TracedInt.on_equal:
+            TracedInt.on_equal(self.expression, expression_of(other))  # type: ignore[arg-type]
         return equal
 
     def __ne__(self, other: object) -> bool:
@@ -179,6 +179,10 @@ class Attributes:
         for holder, name, value in reversed(self._saved):
             holder[name] = value
         self._saved.clear()
+        for holder, _, _ in self._owners:  # what the forward itself remembered
+            for name, value in list(holder.items()):
+                if isinstance(value, TracedInt):
+                    holder[name] = int(value)
 
 
 def _is_plain_holder(value: object) -> bool:
@@ -193,7 +197,7 @@ def _is_plain_holder(value: object) -> bool:
 def _traced(value: object, path: str, chain: tuple[str, ...]) -> object | None:
     if type(value) is int:
         return TracedInt(value, AttributeKey(path, chain))
-    if type(value) in (tuple, list, torch.Size) and value:  # type: ignore[truthy-bool]
+    if type(value) in (tuple, list, torch.Size) and value:
         items = list(value)  # type: ignore[call-overload]
         if all(type(item) is int for item in items):
             traced = [TracedInt(v, AttributeKey(path, chain, i)) for i, v in enumerate(items)]

@@ -1,16 +1,12 @@
 """Operator rules learned from PyTorch itself.
 
 An operator's meta kernel computes the shape of its outputs. Run once with a fresh symbol for
-every input dimension, it shows where each output dimension comes from and which input dimensions
-it forced to be equal. What is learned is cached by operator and argument pattern.
+every input dimension, it shows where each output dimension comes from and which input
+dimensions it forced to be equal. What is learned is cached by operator and argument pattern.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from supple.graph.dims import pin, unify
-from supple.graph.record import Call, Ref
+from supple.graph.record import Call, Ref, quiet
 from supple.graph.rules import Dims, Propagation, fixed, pinned_rule
 
 __all__ = ["LearnedRule", "learn", "learned_rule"]
@@ -43,7 +39,7 @@ class LearnedRule:
         outputs: For each output tensor and dimension, the input dimension that it is; None for
             one that is computed.
         equal: Input dimensions that must be the same.
-        fixed: Input dimensions whose size the kernel insists on.
+        fixed: Input dimensions whose size the kernel insists on, or computes sizes from.
     """
 
     outputs: tuple[tuple[Place | None, ...], ...]
@@ -65,7 +61,7 @@ def learned_rule(p: Propagation, call: Call) -> list[Dims]:
     for (i, a), (j, b) in rule.equal:
         unify(inputs[i][a], inputs[j][b], name)
     for i, a in rule.fixed:
-        pin(inputs[i][a], f"the operator {name} insists on its size")
+        pin(inputs[i][a], f"the operator {name} computes with its size")
     result: list[Dims] = []
     for ref, places in zip(call.outputs, rule.outputs, strict=True):
         row: Dims = []
@@ -81,12 +77,12 @@ def learned_rule(p: Propagation, call: Call) -> list[Dims]:
 
 
 def learn(call: Call) -> LearnedRule | None:
-    """The rule of the operator in `call`, from its meta kernel; None if it accepts no symbols."""
+    """The rule of the operator in `call`, from its meta kernel; None if it takes no symbols."""
     flat, spec = tree_flatten((call.args, call.kwargs))
     key = (call.op, spec, tuple(_pattern(value) for value in flat))
     if key not in _CACHE:
         try:
-            with _quiet():
+            with quiet("torch._subclasses", "torch.fx"):
                 _CACHE[key] = _run_meta_kernel(call.op, flat, spec)
         except Exception:  # a meta kernel may raise anything; the caller pins what it touches
             _CACHE[key] = None
@@ -119,12 +115,14 @@ def _run_meta_kernel(op: Any, flat: list[Any], spec: Any) -> LearnedRule:
     with mode:
         output = op(*args, **kwargs)
     equal, insisted = _equalities(environment, symbols)
+    shapes = [t.shape for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+    computed = {place for shape in shapes for n in shape for place in _parts(n, symbols)}
     outputs = tuple(
         tuple(_place(environment, symbols, size) for size in tensor.shape)
         for tensor in tree_flatten(output)[0]
         if isinstance(tensor, Tensor)
     )
-    return LearnedRule(outputs, equal, insisted)
+    return LearnedRule(outputs, equal, (*insisted, *sorted(computed)))
 
 
 def _symbolic(mode: FakeTensorMode, ref: Ref, position: int) -> Tensor:
@@ -153,24 +151,15 @@ def _equalities(
     return tuple(equal), tuple(insisted)
 
 
+def _parts(size: Any, symbols: dict[Any, Place]) -> list[Place]:
+    """The input dimensions that an output size is computed from, if it is not just one."""
+    if not isinstance(size, torch.SymInt) or isinstance(size.node.expr, sympy.Symbol):
+        return []
+    return [symbols[s] for s in size.node.expr.free_symbols if s in symbols]
+
+
 def _place(environment: ShapeEnv, symbols: dict[Any, Place], size: Any) -> Place | None:
     if not isinstance(size, torch.SymInt):
         return None
     expression = environment.simplify(size.node.expr)
     return symbols.get(expression) if isinstance(expression, sympy.Symbol) else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Meta kernels log what they refuse; a refusal is an answer here, not news."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses", "torch.fx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -7,12 +7,15 @@ memory for weights.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
+import logging
 import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +31,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from supple.errors import UnsupportedModelError
 from supple.graph.integers import Attributes, Expression, Size, TracedInt
 
-__all__ = ["Call", "ModuleCall", "Recording", "Ref", "direct_tensors", "record", "refs"]
+__all__ = ["Call", "ModuleCall", "Recording", "Ref", "output_tensors", "record", "refs"]
 
 _TORCH = os.path.dirname(torch.__file__)
 _SUPPLE = os.path.dirname(os.path.dirname(__file__))
 _PATCHED = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+_numbers = itertools.count()  # of tensors; several recordings can be told apart
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Recording:
         calls: Operator calls in order.
         modules: Module calls in order of their start.
         inputs: Tensors among the example inputs.
-        outputs: Tensors that the model returned directly (fields of the output, not nested).
+        outputs: Tensors that the model returned.
         tensors: Parameters and buffers: name of the first owner to its tensor.
         aliases: For every parameter and buffer name, the name of its first owner.
         equalities: Pairs of integer expressions that the code found equal.
@@ -134,18 +140,17 @@ def refs(tree: Any) -> list[Ref]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
 
 
-def direct_tensors(output: Any) -> list[Tensor]:
-    """The tensors that are the output, or fields of it; nested ones (caches) are left out."""
-    fields: list[Any]
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output, in order; objects inside it (caches) are not looked into."""
     if isinstance(output, Tensor):
-        fields = [output]
-    elif isinstance(output, Mapping):
-        fields = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        fields = list(output)
-    else:
-        fields = list(vars(output).values()) if hasattr(output, "__dict__") else []
-    return [t for t in fields if isinstance(t, Tensor)]
+        return [output]
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in output_tensors(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in output_tensors(value)]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return output_tensors(list(vars(output).values()))
+    return []
 
 
 def record(
@@ -153,6 +158,7 @@ def record(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     fake: bool | None = None,
+    standing_in: Mapping[str, nn.Module] | None = None,
 ) -> Recording:
     """Run `model` once in evaluation mode and record it.
 
@@ -160,6 +166,7 @@ def record(
         model: Any module; its mode, attributes and weights are left as they were.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
+        standing_in: Modules that run in place of the model's own, by path.
         fake: Use fake tensors; None does so only for models on the meta device.
 
     Raises:
@@ -168,7 +175,7 @@ def record(
     if fake is None:
         fake = any(tensor.is_meta for tensor in _owned_tensors(model).values())
     try:
-        return _run(model, tuple(args), dict(kwargs or {}), fake)
+        return _run(model, tuple(args), dict(kwargs or {}), fake, dict(standing_in or {}))
     except Exception as error:  # whatever a forward may raise
         raise _unsupported(model, error) from error
 
@@ -181,20 +188,28 @@ def _unsupported(model: nn.Module, error: Exception) -> UnsupportedModelError:
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fake: bool,
+    standing_in: dict[str, nn.Module],
 ) -> Recording:
     recorder = _Recorder(fake)
     collecting = gc.isenabled()
     training = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.callback(_restore_modes, training)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        if not fake:
+            copies: dict[int, Tensor] = {}
+            args, kwargs = tree_map(lambda x: _cloned(x, copies), (args, kwargs))
+            stack.callback(_restore_buffers, {b: b.detach().clone() for b in model.buffers()})
         if collecting:  # tensors in cycles would die whenever the collector happens to run
             gc.disable()
             stack.callback(gc.enable)
         model.eval()
         stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(quiet("torch._subclasses.fake_tensor", "torch._subclasses"))
         tensors = _owned_tensors(model)
         if fake:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -205,7 +220,7 @@ def _run(
         recorder.start(tensors, (args, kwargs))
         stack.enter_context(Attributes(model))
         stack.enter_context(_python_functions_inlined())
-        stack.enter_context(recorder.watching(model))
+        stack.enter_context(recorder.watching(_paths(model, standing_in)))
         if fake:
             named = {n: t for n, t in tensors.items() if t is not None}
             output = functional_call(model, named, args, kwargs, tie_weights=True)
@@ -213,6 +228,30 @@ def _run(
             output = model(*args, **kwargs)
     recorder.finish(output)
     return recorder.recording
+
+
+def _paths(model: nn.Module, standing_in: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The path of every module, by identity."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for path, other in standing_in.items():
+        for inner, module in other.named_modules():
+            paths[id(module)] = f"{path}.{inner}" if inner else path
+    return paths
+
+
+@torch.no_grad()
+def _restore_buffers(before: dict[Tensor, Tensor]) -> None:
+    for buffer, value in before.items():
+        if buffer.shape == value.shape and not torch.equal(buffer, value):
+            buffer.copy_(value)
+
+
+def _cloned(value: Any, copies: dict[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = value.detach().clone()
+    return copies[id(value)]
 
 
 def _restore_modes(training: dict[nn.Module, bool]) -> None:
@@ -237,6 +276,22 @@ def _faked(mode: FakeTensorMode, value: Any, memo: dict[int, Tensor]) -> Any:
                 value.shape, value.stride(), dtype=value.dtype, device=device
             )
     return memo[id(value)]
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Silence loggers that report what a kernel refuses; a refusal is an answer here."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager
@@ -266,7 +321,6 @@ class _Recorder:
         self._tensors: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._refs: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
         self._storages: dict[int, tuple[Any, int]] = {}
-        self._next_tensor = 0
         self._next_storage = 0
         self._stack: list[ModuleCall] = []
         self.function, self.integers, self.where = "", list[int | None](), ""
@@ -284,7 +338,7 @@ class _Recorder:
         ]
 
     def finish(self, output: Any) -> None:
-        self.recording.outputs = [self.ref(t) for t in direct_tensors(output)]
+        self.recording.outputs = [self.ref(t) for t in output_tensors(output)]
         self._inputs = None
 
     def ref(self, tensor: Tensor) -> Ref:
@@ -292,10 +346,7 @@ class _Recorder:
         if known is not None and known[0]() is tensor:
             return known[1]
         storage, nbytes = self._storage(tensor)
-        ref = Ref(
-            self._next_tensor, tuple(map(int, tensor.shape)), tensor.dtype, storage, nbytes
-        )
-        self._next_tensor += 1
+        ref = Ref(next(_numbers), tuple(map(int, tensor.shape)), tensor.dtype, storage, nbytes)
         self._refs[id(tensor)] = (weakref.ref(tensor), ref)
         return ref
 
@@ -311,7 +362,8 @@ class _Recorder:
             self._next_storage += 1
             from torch.multiprocessing.reductions import StorageWeakRef
 
-            known = (StorageWeakRef(storage), self._next_storage)
+            reference: Callable[[torch.UntypedStorage], Any] = StorageWeakRef
+            known = (reference(storage), self._next_storage)
             self._storages[key] = known
         return known[1], storage.nbytes()
 
@@ -324,18 +376,18 @@ class _Recorder:
         calls = self.recording.calls
         if calls:
             calls[-1].freed.extend(self.freed())
-        known = tree_map(lambda x: self.ref(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda x: self.ref(x) if isinstance(x, Tensor) else x, (args, kwargs)
+        )
         outputs = [self.ref(t) for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
         path = self._stack[-1].path if self._stack else ""
-        calls.append(
-            Call(op, *known, outputs, path, self.function, list(self.integers), self.where)
-        )
+        integers = list(self.integers)
+        calls.append(Call(op, args, kwargs, outputs, path, self.function, integers, self.where))
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record what happens inside the block; module calls are seen by wrapping `__call__`."""
-        paths = {id(module): path for path, module in model.named_modules()}
-        original = nn.Module._call_impl
+    def watching(self, paths: Mapping[int, str]) -> Iterator[None]:
+        """Record what happens in the block; module calls are seen by wrapping `__call__`."""
+        original: Callable[..., Any] = nn.Module._call_impl
 
         def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(module))
@@ -369,11 +421,11 @@ class _Recorder:
         call.outputs = [self.ref(t) for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every ATen call."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(

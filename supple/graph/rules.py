@@ -1,9 +1,10 @@
 """How each ATen operator relates the dimensions of its inputs and outputs.
 
-A rule receives the propagation state and one recorded call, states which dimensions are the same
-(`unify`), which cannot vary (`pin`) and which integers in the code give which size (`relate`),
-and returns the dimensions of the outputs. Operators without a rule here are learned from their
-own meta kernel (`supple.graph.learned`). Rules are per operator, never per architecture.
+A rule receives the propagation state and one recorded call, states which dimensions are the
+same (`unify`), which cannot vary (`pin`) and which integers in the code give which size
+(`relate`), and returns the dimensions of the outputs. Operators without a rule here are learned
+from their own meta kernel (`supple.graph.learned`). Rules are per operator, never per
+architecture.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from supple.graph.dims import (
     ONE,
     Atom,
-    Conflict,
+    ConflictError,
     Dim,
     concatenation,
     parts_of,
@@ -52,6 +53,7 @@ class Propagation:
 
     Attributes:
         dims: Dimensions by tensor number.
+        owned: Dimensions of parameters and buffers, by name.
         relations: Sizes that the code computes from integers.
         batched: Dimensions that are batch dimensions of a product of two activations (heads).
         reduced: Dimensions over which a normalization, a softmax or a mean reduces.
@@ -59,6 +61,7 @@ class Propagation:
     """
 
     dims: dict[int, Dims] = field(default_factory=dict)
+    owned: dict[str, Dims] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
     batched: Dims = field(default_factory=list)
     reduced: Dims = field(default_factory=list)
@@ -129,9 +132,17 @@ def pointwise(p: Propagation, call: Call) -> list[Dims]:
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "contiguous", "lift", "detach_")
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "fill_")
-@rule("zero_", "native_dropout", "tril", "triu", "_conj", "view_as_real_copy", "dropout", "to")
+@rule("zero_", "native_dropout", "_conj", "view_as_real_copy", "dropout", "to")
 def same_as_first(p: Propagation, call: Call) -> list[Dims]:
     return [list(p.of(call.inputs[0])) for _ in call.outputs]
+
+
+@rule("tril", "triu", "tril_", "triu_")
+def triangle(p: Propagation, call: Call) -> list[Dims]:
+    dims = p.of(call.inputs[0])
+    for dim in dims[-2:]:
+        pin(dim, "a triangle of it is taken")
+    return [list(dims)]
 
 
 @rule("copy_")
@@ -172,7 +183,7 @@ def regroup(old: Dims, shape: Sequence[int], why: str) -> Dims:
 
 
 def given_sizes(call: Call, shape: Sequence[int]) -> list[int | None]:
-    """For each size of `shape`, the integer that the code wrote for it, None where it did not."""
+    """For each size of `shape`, the integer that the code wrote for it; None where none."""
     integers = call.integers
     if call.function == "unflatten" and integers:
         dim = (integers[0] or 0) % max(1, len(shape) - len(integers) + 2)
@@ -183,6 +194,11 @@ def given_sizes(call: Call, shape: Sequence[int]) -> list[int | None]:
         n == -1 or n == m for n, m in zip(integers, shape, strict=True)
     ):
         return [None if n == -1 else n for n in integers]
+    for some in (integers[: len(shape)], integers[len(integers) - len(shape) :]):
+        if shape and some == list(shape):
+            return list(some)
+    if call.function == "repeat_interleave" and integers:
+        return [integers[0] if size == integers[0] else None for size in shape]
     if call.function in ("view", "reshape", "expand", "zeros", "ones", "empty", "full"):
         return [_traced(call, size) for size in shape]
     return [None] * len(shape)
@@ -272,14 +288,14 @@ def take_slice(p: Propagation, call: Call) -> list[Dims]:
     try:
         kept, after = split(dim, end)
         before, kept = split(kept, start)
-    except Conflict:
+    except ConflictError:
         pin(dim, "a slice cuts through its inner structure")
         dims[axis] = fixed(end - start, "a slice cuts through its inner structure")
         return [dims]
     if start:
-        _relate_cut(p, call, start, size, before, concatenation((kept, after)))
+        _relate_cut(p, call, axis, start, size, before, concatenation((kept, after)))
     if end < size:
-        _relate_cut(p, call, end, size, concatenation((before, kept)), after)
+        _relate_cut(p, call, axis, end, size, concatenation((before, kept)), after)
     if call.function == "narrow":
         p.relate(kept, _traced(call, end - start), call)
     dims[axis] = kept
@@ -297,9 +313,12 @@ def _relate_stop(p: Propagation, call: Call, dim: Dim, size: int, after: Dim) ->
         p.relate(dim, _traced(call, size), call)
 
 
-def _relate_cut(p: Propagation, call: Call, at: int, size: int, head: Dim, tail: Dim) -> None:
+def _relate_cut(
+    p: Propagation, call: Call, axis: int, at: int, size: int, head: Dim, tail: Dim
+) -> None:
     """Relate the two sides of a cut to the integer that placed it."""
-    for integer in call.integers:
+    mine = call.integers[2 * axis : 2 * axis + 2] if call.function == "__getitem__" else []
+    for integer in [*mine, *call.integers]:
         if integer is not None and integer == at:
             p.relate(head, integer, call)
             return
@@ -426,8 +445,20 @@ def ordered(p: Propagation, call: Call) -> list[Dims]:
 def topk(p: Propagation, call: Call) -> list[Dims]:
     dims = list(p.of(call.inputs[0]))
     axis = argument(call, "dim", -1) % len(dims)
+    pin(dims[axis], "a number of its entries is chosen")
     dims[axis] = fixed(call.outputs[0].shape[axis], "the number of chosen entries")
     return [list(dims) for _ in call.outputs]
+
+
+@rule("native_channel_shuffle", "channel_shuffle")
+def channel_shuffle(p: Propagation, call: Call) -> list[Dims]:
+    dims = list(p.of(call.inputs[0]))
+    groups = call.args[1]
+    group, inner = fresh(groups), fresh(dims[1].size // groups)
+    unify(dims[1], product((group, inner)), "a channel shuffle")
+    p.relate(group, next((n for n in call.integers if n == groups), None), call)
+    dims[1] = product((inner, group))
+    return [dims]
 
 
 @rule("repeat", "tile")
@@ -483,6 +514,8 @@ def index(p: Propagation, call: Call) -> list[Dims]:
     for axis in used:
         pin(dims[axis], _LOOKUP)
     if any(chosen[i].dtype in (torch.bool, torch.uint8) for i in used):
+        for dim in dims:
+            pin(dim, "entries of its tensor are chosen by a mask")
         return [[fixed(n, "the number of chosen entries") for n in call.outputs[0].shape]]
     picked = broadcast(p, [p.of(chosen[i]) for i in used], "indexing")
     kept = [d for i, d in enumerate(dims) if i not in used]
@@ -589,8 +622,11 @@ def _grouped_channels(
         return weight[1] if transposed else weight[0]
     group = fresh(groups)
     place = -1 - (len(weight) - 2 if transposed else 0)  # the dilation follows it there
-    if call.function.startswith("conv") and call.integers[place:][:1] == [groups]:
-        p.relate(group, call.integers[place], call)
+    if call.function.startswith("conv"):
+        same = [n for n in call.integers if n == groups]
+        at_its_place = call.integers[place:][:1] == [groups]
+        given = same[0] if len(same) == 1 else call.integers[place] if at_its_place else groups
+        p.relate(group, given, call)
     unify(weight[0], product((group, fresh(weight[0].size // groups))), "grouped convolution")
     if transposed:
         unify(channel, weight[0], "a grouped convolution")
@@ -628,7 +664,7 @@ def attention(p: Propagation, call: Call) -> list[Dims]:
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 @rule("cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm")
-@rule("_native_batch_norm_legit_functional", "native_batch_norm_legit")
+@rule("_native_batch_norm_legit_functional")
 def batch_norm(p: Propagation, call: Call) -> list[Dims]:
     x = p.of(call.inputs[0])
     for ref in call.inputs[1:]:
@@ -715,7 +751,7 @@ def resample(p: Propagation, call: Call) -> list[Dims]:
 
 
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty")
-@rule("new_full", "randint", "empty_strided", "new_empty_strided", "empty.memory_format")
+@rule("new_full", "randint", "empty_strided", "new_empty_strided")
 def make(p: Propagation, call: Call) -> list[Dims]:
     shape = call.outputs[0].shape
     dims = [fresh(n) for n in shape]

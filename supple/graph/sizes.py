@@ -1,8 +1,9 @@
 """The integers of a sub-network: which attribute must have which value, and what cannot hold.
 
-The code of a model computes sizes from integers stored on modules and from sizes of tensors. Each
-such computation is a relation `size of a dimension == expression`. An attribute that gives a size
-directly is defined by it; every other relation is a check that a choice of sizes must pass.
+The code of a model computes sizes from integers stored on modules and from sizes of tensors.
+Each such computation is a relation `size of a dimension == expression`. An attribute that gives
+a size directly is defined by it; every other relation is a check that a choice of sizes must
+pass.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Sizes:
             self._sort_in(relation, checks)
         for left, right in equalities:
             self._sort_in_equality(left, right, checks)
-        for left, right, where in checks:
-            self._index(left, right, where)
+        for first, second, where in checks:
+            self._index(first, second, where)
         for key, dims in self.defined.items():
             for other in dims[1:]:
                 self._index(dims[0], other, f"the attribute {key}")
@@ -140,7 +141,7 @@ class Sizes:
         return found
 
     def _describe(self, check: Check) -> str:
-        left, right, where = check
+        _, right, where = check
         place = f" at {where}" if where and " " not in where else ""
         if where.startswith(("the attribute", "a comparison")):
             return f"{where} ties it to another size"
@@ -151,7 +152,8 @@ class Sizes:
     def text(self, expression: Expression) -> str:
         """An expression as a reader would write it."""
         if isinstance(expression, Operation):
-            return f"{self.text(expression.left)} {expression.symbol} {self.text(expression.right)}"
+            left, right = self.text(expression.left), self.text(expression.right)
+            return f"{left} {expression.symbol} {right}"
         if isinstance(expression, Size):
             return str(self._dim(expression).size) if expression.tensor in self._dims else "?"
         return str(expression)

@@ -5,8 +5,8 @@ statistics are of order one:
 
 * *active*: slices of the shared tensors,
 * *extracted*: the standalone network,
-* *masked*: the full tensors with the dropped units zeroed, and left-out blocks passed by (not for
-  groups that a normalization reduces over),
+* *masked*: the full tensors with the dropped units zeroed, and left-out blocks passed by (not
+  for groups that a normalization reduces over),
 * *permuted*: the full network with the units of every group permuted along the derived indices.
 
 Active must equal extracted and masked; permuted must equal the full network.
@@ -15,7 +15,6 @@ Active must equal extracted and masked; permuted must equal the full network.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,17 +28,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from supple.graph.couple import Group, final_outputs
 from supple.graph.dims import Atom, atoms, positions
 from supple.graph.order import expand_order, permute
-from supple.graph.record import direct_tensors
-from supple.space import Config
+from supple.graph.record import output_tensors
 
 if TYPE_CHECKING:
     from supple.network import Elastic
+    from supple.space import Config
 
 __all__ = ["Report", "drop_failing_sites", "verify"]
 
-#: Largest difference that rounding may make, relative to the largest output, by the type in which
-#: the comparison runs. Models that compute parts in float32 (norms often do) round far above
-#: float64; a kernel that takes no float64 makes the whole comparison run in float32.
+#: Largest difference that rounding may make, relative to the largest output, by the type in
+#: which the comparison runs. Models that compute parts in float32 (norms often do) round far
+#: above float64; a kernel that takes no float64 makes the whole comparison run in float32.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -84,7 +83,7 @@ def verify(net: Elastic, n: int = 4, seed: int = 0) -> Report:
 
 
 def drop_failing_sites(net: Elastic, n: int = 2, seed: int = 0) -> None:
-    """Check all sites jointly; where that fails, find the sites at fault and make them fixed."""
+    """Check all sites jointly; where that fails, find those at fault and make them fixed."""
     verifier = _Verifier(net, seed)
     names = [site.name for site in net.space.sites]
     if not names:
@@ -157,9 +156,7 @@ class _Verifier:
             )
 
     def _active_extracted(self, config: Config) -> Iterator[float]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            extracted = self._twin.extract(config)
+        extracted = self._twin.plan(config).extracted(None)
         for inputs in self._inputs:
             with self._twin.at(config):
                 active = self._run(self._twin.module, inputs)
@@ -239,11 +236,11 @@ class _Verifier:
                 found[name] = report.failures[0]
         return found
 
-    # --- inputs ---------------------------------------------------------------------------------
+    # --- inputs ------------------------------------------------------------------------------
 
     def _run(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
         with torch.no_grad():
-            return direct_tensors(module(*inputs[0], **inputs[1]))
+            return output_tensors(module(*inputs[0], **inputs[1]))
 
     def _varied(self, inputs: Inputs) -> list[Inputs]:
         """Inputs of a second batch size, and of a second length, where the model takes them."""
@@ -286,7 +283,7 @@ def _real(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-# --- randomising, masking, comparing ------------------------------------------------------------
+# --- randomising, masking, comparing ----------------------------------------------------------
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from tests.zoo import ZOO
 
 import supple
 from supple.axes.base import Axis, Patch
@@ -18,6 +17,7 @@ from supple.cost.count import count
 from supple.models.base import build
 from supple.network import Elastic, elastic
 from supple.space import Site
+from tests.zoo import ZOO
 
 FAMILIES = ["bert", "llama", "mobilenet_v3", "resnet_option_a", "densenet"]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from supple.graph.dims import (
     ONE,
     Atom,
-    Conflict,
+    ConflictError,
     Dim,
     Product,
     Sum,
@@ -238,7 +238,7 @@ def test_split_keeps_the_positions() -> None:
     head, tail = split(dim, 9)
     assert (head.size, tail.size) == (9, 3)
     assert labels(dim) == labels(concatenation([head, tail]))
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         split(product([Atom(4), Atom(3)]), 4)
     whole = Atom(5)
     assert split(whole, 5)[0] is whole

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from tests.zoo import ZOO
 
 import supple
 from supple.graph.dims import ONE, Atom, Product, Sum, find, split
 from supple.graph.verify import drop_failing_sites
 from supple.network import Elastic, elastic
+from tests.zoo import ZOO
 
 FAMILIES = [
     "bert",

@@ -1,0 +1,87 @@
+"""The multiply-accumulates of an operator call, as a product of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from supple.cost.count import FREE, is_free
+from supple.errors import OperatorError
+from supple.graph.dims import Dim
+from supple.graph.record import Call, Ref
+from supple.graph.rules import argument
+
+__all__ = ["Factors", "macs_of"]
+
+Factors = tuple[list[Dim], int]
+
+
+def macs_of(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
+    """The multiply-accumulates of a call: sizes to multiply, and a factor; None if it has none.
+
+    Raises:
+        OperatorError: The operator may multiply and has no rule.
+    """
+    name = call.name.removeprefix("aten::").removesuffix("_")
+    if name in _MACS:
+        return _MACS[name](call, of)
+    if f"aten.{name}" in FREE or is_free(call.op):
+        return None
+    raise OperatorError(
+        f"operator '{call.name}' has no closed form for its MACs and may contain some; express "
+        "it by matrix products and convolutions, or add a rule to supple.cost.products"
+    )
+
+
+def _matrix_product(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    a, b = call.inputs[-2:]
+    return [*of(a), of(b)[-1]], 1
+
+
+def _vector_product(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    return of(max(call.inputs, key=lambda ref: len(ref.shape))), 1
+
+
+def _convolution(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    x, weight = call.inputs[:2]
+    moved = x if argument(call, "transposed", False) else call.outputs[0]
+    return [*of(moved), *of(weight)[1:]], 1
+
+
+def _attention(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
+    query, key, value = (of(ref) for ref in call.inputs[:3])
+    if query[-1].size == value[-1].size and _one_size(query[-1], value[-1]):
+        return [*query, key[-2]], 2
+    return None
+
+
+def _one_size(a: Dim, b: Dim) -> bool:
+    return a.size == b.size
+
+
+def _grouped(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    left, right = call.inputs[:2]
+    return [*of(left), of(right)[-1]], 1
+
+
+def _recurrent(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    x, into, hidden = call.inputs[:3]
+    steps = prod(x.shape[:-1])
+    return [], steps * (prod(into.shape) + prod(hidden.shape))
+
+
+_MACS: dict[str, Callable[[Call, Callable[[Ref], list[Dim]]], Factors | None]] = {
+    "mm": _matrix_product,
+    "addmm": _matrix_product,
+    "bmm": _matrix_product,
+    "baddbmm": _matrix_product,
+    "mv": _vector_product,
+    "addmv": _vector_product,
+    "dot": _vector_product,
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "_grouped_mm": _grouped,
+    "mkldnn_rnn_layer": _recurrent,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+}
