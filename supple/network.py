@@ -25,6 +25,7 @@ from supple.axes.depth import Depth
 from supple.axes.heads import Heads
 from supple.axes.width import Width
 from supple.errors import ConcurrencyError, SettingError, SuppleWarning, UnsupportedModelError
+from supple.graph.blocks import residual_gains
 from supple.graph.couple import Graph, analyse
 from supple.graph.dims import Atom
 from supple.graph.order import expand_order, l1, permute
@@ -341,6 +342,15 @@ class Elastic:
     def _l1(self) -> dict[str, Tensor]:
         groups = {site.name: getattr(site, "group", None) for site in self.space.sites}
         return {name: l1(self.graph, group) for name, group in groups.items() if group}
+
+    def residual_gains(self) -> list[nn.Parameter]:
+        """The last normalization gain of each residual branch that ends in one.
+
+        With these at 0, every such block computes the identity.
+        """
+        owned = dict(self.module.named_parameters())
+        recording, p = self.graph.recording, self.graph.propagation
+        return [owned[name] for name in residual_gains(self.graph.stacks, recording, p)]
 
     # --- plans ----------------------------------------------------------------------------
 

@@ -137,14 +137,9 @@ class Plan:
             for name, (module, store, attribute) in self._owners.items():
                 owner, tensor = aliases[name], getattr(module, store)[attribute]
                 if owner in running:
-                    if module.training:
-                        value = self.sliced(owner, tensor).clone()  # batch statistics only
-                    elif statistics is not None and owner in statistics:
-                        value = statistics[owner]
-                    elif owner in self._slices:
-                        value = self.sliced(owner, tensor)
-                    else:
-                        continue
+                    # a copy: training at a partial size must not reach what is kept
+                    own = (statistics or {}).get(owner)
+                    value = (self.sliced(owner, tensor) if own is None else own).clone()
                 elif owner in self._slices or owner in self._patch.tensors:
                     if owner not in made:
                         made[owner] = self.sliced(owner, tensor)
@@ -367,7 +362,7 @@ def _numbers(modules: Mapping[str, nn.Module], stack: Stack, relative: str, name
 def per_layer_lists(
     modules: Mapping[str, nn.Module], container: str, length: int
 ) -> list[tuple[dict[str, Any], str, Any]]:
-    """Lists with an entry per block, in plain objects that the container's parents hold."""
+    """Lists that name a kind per block, in plain objects that the container's parents hold."""
     found: list[tuple[dict[str, Any], str, Any]] = []
     seen: set[int] = set()
     path = container
@@ -378,7 +373,8 @@ def per_layer_lists(
                 continue
             seen.add(id(value))
             for name, items in list(getattr(value, "__dict__", {}).items()):
-                if isinstance(items, (list, tuple)) and len(items) == length > 1:
+                listed = isinstance(items, (list, tuple)) and len(items) == length > 1
+                if listed and all(isinstance(item, str) for item in items):
                     found.append((vars(value), name, items))
     return found
 

@@ -5,7 +5,7 @@ network is about as good as the same size trained alone, and small sizes are bet
 sizes are sampled at random and learn from labels.
 
 Arms: a residual network for 8 x 8 images with widths of 1/4 to 1 at seven sites (16,384
-sizes, a factor of 15 in parameters), 4,000 MNIST images, and 1,000 steps of AdamW at batch
+sizes, a factor of 15 in parameters), 4,000 MNIST images, and 800 steps of AdamW at batch
 size 64 with the same schedule. Each supernet makes four passes per step over the whole batch:
 BigNAS the largest, the smallest and two random sizes, and the baseline four random sizes that
 learn from labels. The networks trained alone make as many steps. Four uniform widths are
@@ -57,7 +57,7 @@ __all__ = ["DATA", "OFF", "ON", "claims"]
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 WIDTHS = (16, 32, 48)
 CHOSEN = {"BigNAS": 3e-2, "RandomOnly": 1e-2, "alone": (3e-2, 3e-2, 3e-2, 3e-3)}
-STEPS = 1000
+STEPS = 800
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from supple.graph.dims import same
 from supple.graph.record import Call, ModuleCall, Recording, Ref
 from supple.graph.rules import Propagation
 
-__all__ = ["Stack", "find_stacks"]
+__all__ = ["Stack", "find_stacks", "residual_gains"]
 
 _CARRIES = frozenset(
     f"aten::{name}"
@@ -225,3 +225,30 @@ def _carried(p: Propagation, source: Ref, calls: list[Call]) -> set[int]:
             reached.update(ref.id for ref in call.outputs)
         made.update(ref.id for ref in call.outputs)
     return reached
+
+
+def residual_gains(stacks: list[Stack], recording: Recording, p: Propagation) -> list[str]:
+    """Names of the gains that scale whole residual branches: with them at 0, blocks pass by.
+
+    In a block, the last normalization between whose output and the block's output nothing but
+    shape-preserving steps lie, and which is not on the residual path itself.
+    """
+    names = {ref.id: name for name, ref in recording.tensors.items()}
+    found: list[str] = []
+    blocks = {stack.path(b) for stack in stacks for b in stack.blocks}
+    for call in recording.modules:
+        if call.path not in blocks or not call.outputs:
+            continue
+        out = call.outputs[0]
+        source = next((ref for ref in call.inputs if _same_shape(p, ref, out)), None)
+        inside = recording.calls[call.first : call.last]
+        passed = _carried(p, source, inside) if source is not None else set()
+        for position in reversed(range(len(inside))):
+            norm = inside[position]
+            gain = next((names[r.id] for r in norm.inputs[1:2] if r.id in names), "")
+            result = norm.outputs[0] if norm.outputs else None
+            if "norm" in norm.name and gain and result is not None and result.id not in passed:
+                if out.id in _carried(p, result, inside[position + 1 :]):
+                    found.append(gain)
+                break
+    return found

@@ -229,7 +229,16 @@ def _find_groups(graph: Graph) -> None:
         name = _unique(_name(places[0][0], kind), names)
         graph.groups.append(Group(name, kind, together, atom.size, unit, where))
     elastic = {f"{n}[{i}]" for group in graph.groups for n, i in group.members}
-    graph.fixed = {label: r for label, r in reasons.items() if label not in elastic}
+    graph.fixed = _condensed({n: r for n, r in reasons.items() if n not in elastic})
+
+
+def _condensed(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Dimensions of one parameter that are fixed for the same reason, on one line."""
+    together: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for label, reason in reasons.items():
+        name, _, dim = label.rstrip("]").rpartition("[")
+        together[name, reason].append(dim)
+    return {f"{name}[{', '.join(dims)}]": r for (name, r), dims in together.items()}
 
 
 def _lonely(places: list[tuple[str, int]]) -> str:

@@ -244,16 +244,16 @@ class _Verifier:
 
     def _varied(self, inputs: Inputs) -> list[Inputs]:
         """Inputs of a second batch size, and of a second length, where the model takes them."""
-        found: list[Inputs] = []
-        for change in (_longer_batch, _shorter_length):
-            other = change(inputs)
-            try:
-                if other is not None:
-                    self._run(self._twin.module, other)
-                    found.append(other)
-            except Exception:  # the full model does not take such inputs: nothing to compare
-                continue
-        return found
+        changed = [change(inputs) for change in (_longer_batch, _shorter_length)]
+        return [other for other in changed if other is not None and self._takes(other)]
+
+    def _takes(self, inputs: Inputs) -> bool:
+        """Whether the full model runs on these inputs."""
+        try:
+            self._run(self._twin.module, inputs)
+        except Exception:  # a forward may raise anything; a refusal is the answer
+            return False
+        return True
 
 
 def _longer_batch(inputs: Inputs) -> Inputs | None:

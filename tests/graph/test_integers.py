@@ -117,11 +117,15 @@ def test_equal_traced_integers_are_reported(compared: list[Any]) -> None:
     assert compared == [(HEADS, Size(0, 1))] * 2
 
 
-def test_unequal_ones_and_literals_are_not_reported(compared: list[Any]) -> None:
+def test_a_literal_that_is_equal_is_reported_and_unequal_ones_are_not(
+    compared: list[Any],
+) -> None:
     assert heads() != TracedInt(5, Size(0, 1))
-    assert heads() == 4
+    assert heads() != 5
     assert heads() < TracedInt(5, Size(0, 1))
     assert compared == []
+    assert heads() == 4
+    assert compared == [(HEADS, 4)]
 
 
 # --- attributes --------------------------------------------------------------------------

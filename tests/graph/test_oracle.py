@@ -225,18 +225,7 @@ def test_a_coupling_that_is_left_out_is_noticed(family: str) -> None:
         assert outside(broken, theirs, places), places[place]
 
 
-def unpatched(case: Any) -> Any:
-    """Llama's sub-networks break an equation until the integer that it names is patched."""
-    reason = "num_key_value_groups is not seen by a real run without a padding mask"
-    marks = [pytest.mark.slow, pytest.mark.xfail(strict=True, reason=reason)]
-    return (
-        case
-        if isinstance(case, str) or case.values != ("llama",)
-        else pytest.param("llama", marks=marks)
-    )
-
-
-@pytest.mark.parametrize("family", [unpatched(case) for case in CASES])
+@pytest.mark.parametrize("family", CASES)
 def test_sub_networks_keep_every_equation_of_the_program(family: str) -> None:
     """Sizes and patched integers of random sub-networks, put into PyTorch's own guards."""
     graph, solution = solved(family)
