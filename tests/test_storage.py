@@ -693,7 +693,7 @@ def test_the_settings_that_were_found_are_the_sizes():
         "hidden_size": 12,
         "intermediate_size": 16,
         "num_hidden_layers": 1,
-        "num_attention_heads": 1,
+        "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 12,
         "vocab_size": 97,

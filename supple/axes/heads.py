@@ -18,12 +18,14 @@ class Heads(GroupAxis):
     """Makes the count of attention heads elastic, fused and grouped-query projections included.
 
     With grouped queries a site is the number of key-value heads, each with its query heads,
-    and a second one (named `queries`) the number of query heads per key-value head.
+    and with `queries` a second one the number of query heads per key-value head.
 
     Args:
         choices: Head counts on offer: fractions of the full count (floats in (0, 1]) or
             absolute counts (integers). None offers every possible count.
-        queries: Also offer the number of query heads per key-value head.
+        queries: Also offer the number of query heads per key-value head. Give example inputs
+            with a padding mask then: without one `transformers` takes a path on which the
+            integer that repeats the keys is never used, and so cannot be found.
         where: Only sites whose name matches this shell-style pattern.
 
     Raises:
@@ -35,7 +37,7 @@ class Heads(GroupAxis):
     """
 
     choices: tuple[int | float, ...] | None = (0.25, 0.5, 0.75, 1.0)
-    queries: bool = True
+    queries: bool = False
     where: str | None = None
     name: ClassVar[str] = "heads"
 

@@ -222,8 +222,10 @@ def _run(
         stack.enter_context(_python_functions_inlined())
         stack.enter_context(recorder.watching(_paths(model, standing_in)))
         if fake:
-            named = {n: t for n, t in tensors.items() if t is not None}
-            output = functional_call(model, named, args, kwargs, tie_weights=True)
+            # each module once: a tensor that is replaced under two names does not come back
+            once = {_joined(path, n) for path, m in model.named_modules() for n in _stored(m)}
+            named = {name: tensor for name, tensor in tensors.items() if name in once}
+            output = functional_call(model, named, args, kwargs, tie_weights=False)
         else:
             output = model(*args, **kwargs)
     recorder.finish(output)
@@ -264,6 +266,14 @@ def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
+
+
+def _stored(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers]
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _faked(mode: FakeTensorMode, value: Any, memo: dict[int, Tensor]) -> Any:

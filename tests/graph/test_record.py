@@ -407,10 +407,6 @@ def test_an_integer_that_the_forward_remembers_is_not_traced() -> None:
     assert type(getattr(model, "seen", 0)) is int
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="functional_call is given both names of a shared module and leaves it fake tensors",
-)
 def test_a_module_under_two_paths_keeps_its_parameters() -> None:
     shared = nn.Linear(12, 12)
     model = nn.Sequential(shared, nn.ReLU(), shared)
