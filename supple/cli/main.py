@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from supple.cli import networks, recipes, techniques
@@ -24,6 +27,8 @@ for group in (recipes, networks, techniques):
 def main() -> None:
     """Runs the command line."""
     plain_warnings()
+    if os.getcwd() not in sys.path:  # `module:callable` is looked for here, as with `python -m`
+        sys.path.append(os.getcwd())
     app()
 
 
