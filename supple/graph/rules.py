@@ -655,7 +655,11 @@ def attention(p: Propagation, call: Call) -> list[Dims]:
     if isinstance(mask, Ref):
         broadcast(p, [p.of(mask), [*query[:-1], key[-2]]], "an attention mask")
     result = [*query[:-1], value[-1]]
-    rest = [[fixed(n, "attention's own") for n in r.shape] for r in call.outputs[1:]]
+    sums = call.inputs[0].shape[:-1]  # a log-sum-exp per query
+    rest = [
+        list(query[:-1]) if r.shape == sums else [fixed(n, "attention's own") for n in r.shape]
+        for r in call.outputs[1:]
+    ]
     return [result, *rest]
 
 
