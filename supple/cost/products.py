@@ -7,7 +7,7 @@ from math import prod
 
 from supple.cost.count import FREE, is_free
 from supple.errors import OperatorError
-from supple.graph.dims import Dim
+from supple.graph.dims import Dim, concatenation
 from supple.graph.record import Call, Ref
 from supple.graph.rules import argument
 
@@ -48,15 +48,10 @@ def _convolution(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
     return [*of(moved), *of(weight)[1:]], 1
 
 
-def _attention(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors | None:
+def _attention(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
+    """Scores and weighted values: queries times keys, by the widths of queries and values."""
     query, key, value = (of(ref) for ref in call.inputs[:3])
-    if query[-1].size == value[-1].size and _one_size(query[-1], value[-1]):
-        return [*query, key[-2]], 2
-    return None
-
-
-def _one_size(a: Dim, b: Dim) -> bool:
-    return a.size == b.size
+    return [*query[:-1], key[-2], concatenation((query[-1], value[-1]))], 1
 
 
 def _grouped(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
@@ -70,7 +65,7 @@ def _recurrent(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
     return [], steps * (prod(into.shape) + prod(hidden.shape))
 
 
-_MACS: dict[str, Callable[[Call, Callable[[Ref], list[Dim]]], Factors | None]] = {
+_MACS: dict[str, Callable[[Call, Callable[[Ref], list[Dim]]], Factors]] = {
     "mm": _matrix_product,
     "addmm": _matrix_product,
     "bmm": _matrix_product,

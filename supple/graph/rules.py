@@ -279,7 +279,7 @@ def take_slice(p: Propagation, call: Call) -> list[Dims]:
     start = 0 if start is None else max(0, start + size if start < 0 else start)
     end = size if end is None else min(size, end + size if end < 0 else end)
     if (start, end, step) == (0, size, 1):
-        _relate_stop(p, call, dim, size, ONE)
+        _relate_stop(p, call, dim, size)
         return [dims]
     if step != 1 or end <= start:
         pin(dim, "it is sliced with a stride")
@@ -305,7 +305,7 @@ def take_slice(p: Propagation, call: Call) -> list[Dims]:
 _SLICE = (("start", 0), ("end", None), ("step", 1))
 
 
-def _relate_stop(p: Propagation, call: Call, dim: Dim, size: int, after: Dim) -> None:
+def _relate_stop(p: Propagation, call: Call, dim: Dim, size: int) -> None:
     """`x[:n]` where n happens to be the whole size still says what the size is computed as."""
     if call.function == "__getitem__" and any(
         isinstance(n, TracedInt) and n == size for n in call.integers

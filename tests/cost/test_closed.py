@@ -58,6 +58,26 @@ def test_closed_forms_equal_the_count_on_other_families(family: str) -> None:
     assert_exact(net, [net.space.smallest(), net.space.random(1)])
 
 
+class WideValues(nn.Module):
+    """Attention whose values are wider than its queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.value, self.head = nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x)[:, None] for part in (self.query, self.key, self.value))
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_attention_with_values_of_another_width_is_priced() -> None:
+    net = elastic(WideValues(), (torch.randn(2, 5, 8),), axes=[supple.Width()], verify=False)
+    narrow = net.space.smallest()["query"]
+    # at equal widths PyTorch takes its fused kernel, which needs other memory
+    assert_exact(net, [net.space.largest(), net.space.config(query=narrow)])
+
+
 def test_every_way_to_skip_blocks_is_priced() -> None:
     model, args, kwargs = ZOO["bert"]()
     net = elastic(model, args, kwargs, axes=[supple.Depth(pattern="any")], verify=False)
