@@ -35,8 +35,8 @@ def one_layer(sizes: dict[str, Any]) -> dict[str, Any]:
 def bert() -> zoo.Entry:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(**one_layer(zoo.encoder_sizes()))
-    return BertForSequenceClassification(config).eval(), (), {"input_ids": zoo.tokens()}
+    config = BertConfig(**one_layer(zoo.encoders.encoder_sizes()))
+    return BertForSequenceClassification(config).eval(), (), {"input_ids": zoo.base.tokens()}
 
 
 def gpt2() -> zoo.Entry:
@@ -46,14 +46,14 @@ def gpt2() -> zoo.Entry:
         vocab_size=97, n_embd=48, n_layer=1, n_head=4, n_inner=80, n_positions=37
     )
     config.use_cache = False
-    return GPT2LMHeadModel(config).eval(), (), {"input_ids": zoo.tokens()}
+    return GPT2LMHeadModel(config).eval(), (), {"input_ids": zoo.base.tokens()}
 
 
 def llama() -> zoo.Entry:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**one_layer(zoo.decoder_sizes()), use_cache=False)
-    return LlamaForCausalLM(config).eval(), (), {"input_ids": zoo.tokens()}
+    config = LlamaConfig(**one_layer(zoo.decoders.decoder_sizes()), use_cache=False)
+    return LlamaForCausalLM(config).eval(), (), {"input_ids": zoo.base.tokens()}
 
 
 def vit() -> zoo.Entry:
@@ -68,7 +68,7 @@ def vit() -> zoo.Entry:
         patch_size=8,
         num_labels=7,
     )
-    return ViTForImageClassification(config).eval(), (), {"pixel_values": zoo.image(24)}
+    return ViTForImageClassification(config).eval(), (), {"pixel_values": zoo.base.image(24)}
 
 
 class InvertedResidual(nn.Module):
@@ -100,7 +100,7 @@ def mobilenet_v2() -> zoo.Entry:
         nn.Flatten(),
         nn.Linear(26, 7),
     )
-    return model.eval(), (zoo.image(8),), {}
+    return model.eval(), (zoo.base.image(8),), {}
 
 
 FAMILIES: dict[str, Callable[[], zoo.Entry]] = {
