@@ -61,7 +61,9 @@ def test_the_lock_file_is_what_is_installed() -> None:
     assert not differing
 
 
-@pytest.mark.parametrize("group", ["dependencies", "onnx", "openvino", "serve", "hub", "dev"])
+@pytest.mark.parametrize(
+    "group", ["dependencies", "onnx", "openvino", "postgres", "serve", "hub", "dev"]
+)
 def test_every_requirement_is_locked(group: str) -> None:
     project = PROJECT["project"]
     wanted = project["dependencies"]
