@@ -285,7 +285,10 @@ class Elastic:
 
         Returns:
             Arrays of shape (n,): `params` (count), `macs` (of one forward on the example
-            inputs), `weight_bytes` and `activation_bytes` (peak).
+            inputs), `weight_bytes` and `activation_bytes` (peak). They equal
+            `supple.cost.count` on the extracted network; where a width or a number of heads is
+            1, PyTorch leaves out copies and products, and `macs` and `activation_bytes` are
+            upper bounds.
 
         Raises:
             OperatorError: An operator may multiply and has no rule.

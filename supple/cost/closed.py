@@ -389,12 +389,17 @@ class _Run:
     def _first_live(self) -> dict[int, Ref]:
         return {ref.storage: ref for ref in self._recording.inputs}
 
-    def _block_outputs(self) -> dict[int, str]:
-        """Main outputs of blocks that can be left out: their input stands in for them."""
-        found: dict[int, str] = {}
+    def _block_outputs(self) -> dict[int, tuple[str, int | None]]:
+        """Main outputs of blocks that can be left out: the block, and its input's memory.
+
+        Where the block is left out, its input stands in for its output.
+        """
+        found: dict[int, tuple[str, int | None]] = {}
         for call in self._recording.modules:
             if call.path in self._blocks and call.outputs:
-                found[call.outputs[0].storage] = call.path
+                main = call.outputs[0]
+                alike = (ref.storage for ref in call.inputs if ref.shape == main.shape)
+                found[main.storage] = (call.path, next(alike, None))
         return found
 
     def _undominated(
@@ -402,7 +407,7 @@ class _Run:
         moments: list[dict[int, Ref]],
         places: list[str],
         origin: dict[int, str],
-        standing_in: dict[int, str],
+        standing_in: dict[int, tuple[str, int | None]],
     ) -> list[list[Term]]:
         seen: list[tuple[frozenset[int], frozenset[tuple[int, bytes]]]] = []
         found: list[tuple[frozenset[Any], list[Term]]] = []
@@ -418,7 +423,7 @@ class _Run:
             terms = [
                 term
                 for storage, ref in live.items()
-                for term in self._bytes(storage, ref, place, gates, origin, standing_in)
+                for term in self._bytes(storage, live, place, gates, origin, standing_in)
             ]
             found.append((key, terms))
         return _without_dominated([terms for _, terms in found])
@@ -426,23 +431,60 @@ class _Run:
     def _bytes(
         self,
         storage: int,
-        ref: Ref,
+        live: Mapping[int, Ref],
         place: str,
         gates: Mapping[int, np.ndarray],
         origin: Mapping[int, str],
-        standing_in: Mapping[int, str],
+        standing_in: Mapping[int, tuple[str, int | None]],
     ) -> list[Term]:
-        born = self.gate(origin.get(storage, "")) or {}
-        block = standing_in.get(storage)
-        outside = block is not None and not (place == block or place.startswith(block + "."))
+        """Bytes of one of the tensors alive at a moment."""
+        block, _ = standing_in.get(storage, ("", None))
+        if block and not (place == block or place.startswith(block + ".")):
+            found = self._sized(live[storage], 1, gates)
+            same = self._is_another(storage, live, gates, standing_in)
+            return found + (self._sized(live[storage], -1, same) if same is not None else [])
+        return self._sized(
+            live[storage], 1, _times(gates, self.gate(origin.get(storage, "")) or {})
+        )
+
+    def _sized(self, ref: Ref, sign: int, gates: Mapping[int, np.ndarray]) -> list[Term]:
+        if prod(ref.shape) * ref.dtype.itemsize != ref.nbytes:
+            return [Term(sign * ref.nbytes, dict(gates))]
+        return self.terms(self._p.of(ref), sign * ref.dtype.itemsize, gates)
+
+    def _is_another(
+        self,
+        storage: int,
+        live: Mapping[int, Ref],
+        gates: Mapping[int, np.ndarray],
+        standing_in: Mapping[int, tuple[str, int | None]],
+    ) -> dict[int, np.ndarray] | None:
+        """The choices for which a block's output is a tensor that is alive anyway.
+
+        That is where the block is left out, and all blocks before it back to a tensor that
+        lives. None if there is no such tensor.
+        """
         factors = dict(gates)
-        if not outside:
-            for column, mask in born.items():
-                factors[column] = factors[column] * mask if column in factors else mask
-        whole = prod(ref.shape) * ref.dtype.itemsize
-        if whole != ref.nbytes:
-            return [Term(ref.nbytes, factors)]
-        return self.terms(self._p.of(ref), ref.dtype.itemsize, factors)
+        at: int | None = storage
+        while at is not None and at in standing_in:
+            block, at = standing_in[at]
+            masks = self._blocks[block]
+            if len(masks) > 1:  # left out by either of several sites: not a product
+                return None
+            factors = _times(factors, {column: 1 - kept for column, kept in masks})
+            if at in live:
+                return factors
+        return None
+
+
+def _times(
+    left: Mapping[int, np.ndarray], right: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """Factors of both, multiplied where they are of one site."""
+    result = dict(left)
+    for column, factor in right.items():
+        result[column] = result[column] * factor if column in result else factor
+    return result
 
 
 def _parents(name: str) -> Iterable[str]:
@@ -464,6 +506,11 @@ def _without_dominated(points: list[list[Term]]) -> list[list[Term]]:
     kept: list[int] = []
     for i in order:
         mine = summed[i]
-        if not any(all(summed[k].get(t, 0) >= v for t, v in mine.items()) for k in kept):
+        if not any(_at_least(summed[k], mine) for k in kept):
             kept.append(i)
     return [points[i] for i in sorted(kept)]
+
+
+def _at_least(more: Mapping[Any, int], less: Mapping[Any, int]) -> bool:
+    """Whether no coefficient is smaller; what is absent counts 0."""
+    return all(more.get(term, 0) >= less.get(term, 0) for term in more.keys() | less.keys())

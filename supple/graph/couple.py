@@ -96,6 +96,7 @@ def propagate(recording: Recording, before: Propagation | None = None) -> Propag
             two runs share their dimensions.
     """
     p = before or Propagation()
+    p.weights = frozenset(ref.storage for ref in recording.tensors.values())
     for name, ref in recording.tensors.items():
         if name not in p.owned:
             p.owned[name] = [Atom(n) if n != 1 else fixed(1, "") for n in ref.shape]

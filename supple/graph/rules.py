@@ -56,7 +56,9 @@ class Propagation:
         owned: Dimensions of parameters and buffers, by name.
         relations: Sizes that the code computes from integers.
         batched: Dimensions that are batch dimensions of a product of two activations (heads).
-        reduced: Dimensions over which a normalization, a softmax or a mean reduces.
+        reduced: Dimensions over which a normalization, a softmax, a mean or a product of two
+            activations reduces: zeroing a unit there is not the same as removing it.
+        weights: Memory of the parameters of the run at hand.
         unknown: Operators for which no rule was found, with the reason.
     """
 
@@ -65,6 +67,7 @@ class Propagation:
     relations: list[Relation] = field(default_factory=list)
     batched: Dims = field(default_factory=list)
     reduced: Dims = field(default_factory=list)
+    weights: frozenset[int] = frozenset()
     unknown: dict[str, str] = field(default_factory=dict)
 
     def of(self, ref: Ref) -> Dims:
@@ -72,6 +75,11 @@ class Propagation:
         if ref.id not in self.dims:
             self.dims[ref.id] = [fixed(n, "a tensor that is no parameter") for n in ref.shape]
         return self.dims[ref.id]
+
+    def contract(self, dim: Dim, *refs: Ref) -> None:
+        """State that a product sums over `dim` of these tensors."""
+        if not any(ref.storage in self.weights for ref in refs):
+            self.reduced.append(dim)
 
     def relate(self, dim: Dim, integer: int | None, call: Call) -> None:
         """State that the code gives the size of `dim` as `integer` (None: it does not say)."""
@@ -477,6 +485,7 @@ def repeat(p: Propagation, call: Call) -> list[Dims]:
 # --- looking up ------------------------------------------------------------------------------
 
 _LOOKUP = "its rows are looked up by index"
+_WRITTEN = "it is written to by index"
 
 
 @rule("embedding")
@@ -524,8 +533,29 @@ def index(p: Propagation, call: Call) -> list[Dims]:
     return [[*kept[:place], *picked, *kept[place:]]]
 
 
+@rule("index_add", "index_add_", "index_copy", "index_copy_")
+def write_rows(p: Propagation, call: Call) -> list[Dims]:
+    dims, places, rows = (p.of(ref) for ref in call.inputs)
+    written = argument(call, "dim") % max(1, len(dims))
+    for axis, (dim, row) in enumerate(zip(dims, rows, strict=True)):
+        if axis == written:
+            pin(dim, _WRITTEN)
+            pin(row, _WRITTEN)
+            unify(row, places[0] if places else ONE, call.name)
+        else:
+            unify(dim, row, call.name)
+    return [list(dims)]
+
+
+@rule("masked_scatter", "masked_scatter_")
+def write_masked(p: Propagation, call: Call) -> list[Dims]:
+    for ref in call.inputs:
+        for dim in p.of(ref):
+            pin(dim, "its entries are written where a mask says")
+    return [broadcast(p, [p.of(ref) for ref in call.inputs[:2]], call.name)]
+
+
 @rule("index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_")
-@rule("index_add", "index_add_", "index_copy", "index_copy_", "masked_scatter")
 def write_at(p: Propagation, call: Call) -> list[Dims]:
     dims = p.of(call.inputs[0])
     axis = argument(call, "dim")
@@ -537,7 +567,7 @@ def write_at(p: Propagation, call: Call) -> list[Dims]:
     else:
         written = list(range(len(dims)))
     for i in written:
-        pin(dims[i], "it is written to by index")
+        pin(dims[i], _WRITTEN)
     for ref in call.inputs[1:]:
         other = p.of(ref)
         if len(other) == len(dims):
@@ -556,6 +586,7 @@ def write_at(p: Propagation, call: Call) -> list[Dims]:
 def mm(p: Propagation, call: Call) -> list[Dims]:
     a, b = (p.of(ref) for ref in call.inputs)
     unify(a[1], b[0], "a matrix product")
+    p.contract(a[1], *call.inputs)
     return [[a[0], b[1]]]
 
 
@@ -573,6 +604,7 @@ def bmm(p: Propagation, call: Call) -> list[Dims]:
     *bias, a, b = (p.of(ref) for ref in call.inputs)
     unify(a[0], b[0], "a batched matrix product")
     unify(a[2], b[1], "a batched matrix product")
+    p.contract(a[2], *call.inputs[-2:])
     p.batched.append(a[0])
     result = [a[0], a[1], b[2]]
     broadcast(p, [*bias, result], "a bias")
@@ -583,6 +615,7 @@ def bmm(p: Propagation, call: Call) -> list[Dims]:
 def mv(p: Propagation, call: Call) -> list[Dims]:
     a, b = (p.of(ref) for ref in call.inputs)
     unify(a[1], b[0], "a matrix product")
+    p.contract(a[1], *call.inputs)
     return [[a[0]]]
 
 
@@ -635,6 +668,20 @@ def _grouped_channels(
     return weight[0]
 
 
+@rule("mkldnn_rnn_layer")
+def recurrent_layer(p: Propagation, call: Call) -> list[Dims]:
+    x, into, state, *others = (p.of(ref) for ref in call.inputs)
+    hidden = state[1]
+    gates = state[0].size // hidden.size
+    unify(x[-1], into[1], "a recurrent layer")
+    for dims in (into, state, *others[:2]):
+        unify(dims[0], concatenation([hidden] * gates), "the gates of a recurrent layer")
+    for dims in others[2:]:
+        unify(dims[-1], hidden, "the state of a recurrent layer")
+    rest = [[fixed(n, "a workspace") for n in r.shape] for r in call.outputs[3:]]
+    return [[*x[:-1], hidden], *(list(dims) for dims in others[2:]), *rest]
+
+
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention")
 @rule("_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention")
 @rule("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention")
@@ -650,7 +697,7 @@ def attention(p: Propagation, call: Call) -> list[Dims]:
         elif k.size > 1 and q.size % k.size == 0:
             unify(q, product((k, fresh(q.size // k.size))), "grouped-query attention")
     p.batched.extend(query[:-2])
-    p.reduced.append(key[-2])
+    p.reduced.extend([key[-2], query[-1]])
     mask = argument(call, "attn_mask", argument(call, "attn_bias"))
     if isinstance(mask, Ref):
         broadcast(p, [p.of(mask), [*query[:-1], key[-2]]], "an attention mask")

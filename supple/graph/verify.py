@@ -6,7 +6,7 @@ statistics are of order one:
 * *active*: slices of the shared tensors,
 * *extracted*: the standalone network,
 * *masked*: the full tensors with the dropped units zeroed, and left-out blocks passed by (not
-  for groups that a normalization reduces over),
+  for groups that a normalization or a product of two activations reduces over),
 * *permuted*: the full network with the units of every group permuted along the derived indices.
 
 Active must equal extracted and masked; permuted must equal the full network.
