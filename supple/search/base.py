@@ -154,7 +154,7 @@ class AskTell:
         self._generation = 0
         self._known: set[bytes] = set()
         self._pending: set[bytes] = set()
-        self._stream = self._candidates()
+        self._stream = self._proposals()
 
     def ask(self, n: int = 1) -> list[Config]:
         """Proposes configs that were neither told nor asked before.
@@ -206,7 +206,7 @@ class AskTell:
             self._parents = self.algorithm.select(pool)
             self._waiting = self._waiting.take(slice(size, None))
             self._generation += 1
-            self._stream = self._candidates()
+            self._stream = self._proposals()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything needed to go on later, as plain lists, numbers and text."""
@@ -239,22 +239,28 @@ class AskTell:
 
     def _new(self) -> Iterator[IntArray]:
         """Yields unknown rows and marks them as pending."""
-        refused = 0
-        while refused < _PATIENCE:
-            row = next(self._stream)
-            if self._is_new(row):
-                refused = 0
+        for row in self._stream:
+            key = row.tobytes()
+            if key not in self._known and key not in self._pending:
+                self._pending.add(key)
                 yield row
-            else:
-                refused += 1
-        yield from filter(self._is_new, self._anything_new())
 
-    def _is_new(self, row: IntArray) -> bool:
-        key = row.tobytes()
-        if key in self._known or key in self._pending:
-            return False
-        self._pending.add(key)
-        return True
+    def _proposals(self) -> Iterator[IntArray]:
+        """Yields what this generation proposes, never the same row twice.
+
+        Seed and what was told before the generation began decide all of it, so a search that
+        is rebuilt in the middle of a generation walks the same rows again.
+        """
+        before = self.told.rows[: self._generation * self.algorithm.generation]
+        seen = {row.tobytes() for row in before}
+        refused = 0
+        for row in self._candidates():
+            refused = 0 if _is_first(row, seen) else refused + 1
+            if not refused:
+                yield row
+            elif refused == _PATIENCE:
+                break
+        yield from (row for row in self._anything_new() if _is_first(row, seen))
 
     def _candidates(self) -> Iterator[IntArray]:
         for step in itertools.count():
@@ -298,3 +304,10 @@ class AskTell:
                 kept.append(index)
             self._pending.discard(key)
         return told.take(np.array(kept, dtype=np.int64))
+
+
+def _is_first(row: IntArray, seen: set[bytes]) -> bool:
+    """Says whether a row comes for the first time, and remembers it."""
+    before = len(seen)
+    seen.add(row.tobytes())
+    return len(seen) > before
