@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,15 +151,22 @@ class Plan:
         self._shadow_lists(undo)
 
     def _shadow_lists(self, undo: Shadows) -> None:
-        """Lists in which a module keeps its own parameters (recurrent layers do)."""
+        """Lists in which a module keeps its own parameters, or weak references to them.
+
+        Recurrent layers do both, and renew the lists when a weight is not the one in them.
+        """
         for module in self._modules.values():
             owned = {id(t): name for name, t in module._parameters.items() if t is not None}
             if not any(name in vars(module) for name in owned.values()):
                 continue
             for name, items in list(vars(module).items()):
-                if isinstance(items, list) and any(id(item) in owned for item in items):
-                    now = [vars(module).get(owned.get(id(t), ""), t) for t in items]
-                    undo.put(vars(module), name, now)
+                if not isinstance(items, list):
+                    continue
+                weak = any(isinstance(item, weakref.ref) for item in items)
+                tensors = [t() if isinstance(t, weakref.ref) else t for t in items]
+                if any(id(tensor) in owned for tensor in tensors):
+                    now = [vars(module).get(owned.get(id(t), ""), t) for t in tensors]
+                    undo.put(vars(module), name, [*map(weakref.ref, now)] if weak else now)
 
     def _running_names(self) -> set[str]:
         """Buffers that hold running statistics of normalization layers."""

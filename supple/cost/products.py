@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 
 from supple.cost.count import FREE, is_free
 from supple.errors import OperatorError
@@ -60,9 +59,8 @@ def _grouped(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
 
 
 def _recurrent(call: Call, of: Callable[[Ref], list[Dim]]) -> Factors:
-    x, into, hidden = call.inputs[:3]
-    steps = prod(x.shape[:-1])
-    return [], steps * (prod(into.shape) + prod(hidden.shape))
+    x, into, state = (of(ref) for ref in call.inputs[:3])
+    return [*x[:-1], into[0], concatenation((into[1], state[1]))], 1
 
 
 _MACS: dict[str, Callable[[Call, Callable[[Ref], list[Dim]]], Factors]] = {

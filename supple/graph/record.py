@@ -35,6 +35,7 @@ __all__ = ["Call", "ModuleCall", "Recording", "Ref", "output_tensors", "record",
 
 _TORCH = os.path.dirname(torch.__file__)
 _SUPPLE = os.path.dirname(os.path.dirname(__file__))
+_REFORMS = torch.Tag.inplace_view  # `transpose_` and the like give a tensor another shape
 _PATCHED = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
@@ -360,6 +361,12 @@ class _Recorder:
         self._refs[id(tensor)] = (weakref.ref(tensor), ref)
         return ref
 
+    def reshaped(self, tensor: Tensor) -> Ref:
+        """The tensor as it was: from now on it has another shape, and another number."""
+        before = self.ref(tensor)
+        del self._refs[id(tensor)]
+        return before
+
     def _storage(self, tensor: Tensor) -> tuple[int, int]:
         try:
             storage = tensor.untyped_storage()
@@ -442,9 +449,12 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        given = self._recorder.reshaped(args[0]) if _REFORMS in func.tags else None
         output = func(*args, **kwargs)
         if func.namespace != "prim":
-            self._recorder.call(func, args, kwargs, output)
+            self._recorder.call(
+                func, args if given is None else (given, *args[1:]), kwargs, output
+            )
         return output
 
 

@@ -278,6 +278,15 @@ def expand(p: Propagation, call: Call) -> list[Dims]:
     return [result]
 
 
+@rule("as_strided", "as_strided_")
+def as_strided(p: Propagation, call: Call) -> list[Dims]:
+    """PyTorch's own functions use it to restate strides; in a model's code anything goes."""
+    source, result = call.inputs[0], call.outputs[0]
+    if source.shape == result.shape and not call.function.startswith("as_strided"):
+        return [list(p.of(source))]
+    return pinned_rule(p, call, "its memory is viewed with strides of the code's own")
+
+
 @rule("slice")
 def take_slice(p: Propagation, call: Call) -> list[Dims]:
     dims = list(p.of(call.inputs[0]))

@@ -101,6 +101,9 @@ SAMPLES: list[Sample] = [
     op(aten.expand.default, t(3), [2, 5, -1]),
     op(aten.expand_copy.default, t(2, 3), [7, 2, 3]),
     # parts
+    op(aten.as_strided.default, t(2, 3), [2, 3], [3, 1]),
+    op(aten.as_strided.default, t(2, 3), [3, 2], [1, 3]),
+    op(aten.as_strided_.default, t(2, 3), [2, 3], [3, 1]),
     op(aten.slice.Tensor, t(2, 7, 3), 1, 2, 5),
     op(aten.slice.Tensor, t(2, 7, 3), 1, 0, 9223372036854775807),
     op(aten.slice.Tensor, t(2, 7, 3), 1, -3, 9223372036854775807),
@@ -166,6 +169,7 @@ SAMPLES: list[Sample] = [
         )
     ),
     op(aten.masked_scatter.default, t(2, 3), t(2, 3) > 0, t(6)),
+    op(aten.masked_scatter_.default, t(2, 3), t(2, 3) > 0, t(6)),
     # contractions
     op(aten.mm.default, t(2, 3), t(3, 5)),
     op(aten.addmm.default, t(5), t(2, 3), t(3, 5)),
@@ -275,6 +279,11 @@ SAMPLES: list[Sample] = [
     op(aten.triu_.default, t(3, 5)),
     op(aten.channel_shuffle.default, t(2, 6, 5, 7), 2),
     op(aten.rot90.default, t(3, 5, 2)),
+    op(
+        aten.mkldnn_rnn_layer.default,
+        *(t(6, 2, 5), t(28, 5), t(28, 7), t(28), t(28), t(2, 7), t(2, 7)),
+        *(False, [], 2, 7, 1, True, False, False, False),
+    ),
 ]
 
 #: Rules without a sample, and why.
@@ -311,14 +320,6 @@ EXCEPTIONS = {
 #: Operators whose meta kernel refuses symbols (on some sample): the rule is all there is.
 NOT_LEARNED = {
     *("_grouped_mm", "split_copy", "split_with_sizes_copy", "constant_pad_nd", "_unsafe_index")
-}
-INDEXED = "the index is not tied to the rows that it places"
-DEFECTS = {
-    "index_add": INDEXED,
-    "index_add_": INDEXED,
-    "index_copy": INDEXED,
-    "index_copy_": INDEXED,
-    "masked_scatter": "the mask is not tied to the tensor that it masks",
 }
 
 
@@ -369,12 +370,7 @@ def name_of(sample: Sample) -> str:
     return str(sample[0]._schema.name).removeprefix("aten::")
 
 
-def marked(sample: Sample) -> Any:
-    marks = [bug(DEFECTS[name_of(sample)])] if name_of(sample) in DEFECTS else []
-    return pytest.param(sample, id=title(sample), marks=marks)
-
-
-@pytest.mark.parametrize("sample", [marked(sample) for sample in SAMPLES])
+@pytest.mark.parametrize("sample", SAMPLES, ids=title)
 def test_the_rule_agrees_with_the_meta_kernel(sample: Sample) -> None:
     call = call_of(sample)
     learned = learn(call)
@@ -872,6 +868,40 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         (4, 5),
         "modules that read _parameters see no slice",
     ),
+    "strides of the code's own": (
+        lambda: Function(
+            lambda s, x: s.b(s.a(x).relu().as_strided((4, 16), (1, 4))),
+            **linears(a=(5, 16), b=(16, 3)),
+        ),
+        (4, 5),
+        "",
+    ),
+    "a transpose in place": (
+        lambda: Function(
+            lambda s, x: s.b(s.a(x).relu().transpose_(0, 1).transpose(0, 1)),
+            **linears(a=(5, 16), b=(16, 3)),
+        ),
+        (4, 6, 5),
+        "",
+    ),
+    "recurrent layer without biases": (
+        lambda: Function(
+            lambda s, x: s.c(s.g(s.a(x))[0]),
+            **linears(a=(5, 16), c=(12, 3)),
+            g=nn.LSTM(16, 12, bias=False),
+        ),
+        (2, 6, 5),
+        "",
+    ),
+    "recurrent layer with a projection": (
+        lambda: Function(
+            lambda s, x: s.c(s.g(s.a(x))[0]),
+            **linears(a=(5, 16), c=(8, 3)),
+            g=nn.LSTM(16, 12, proj_size=8),
+        ),
+        (2, 6, 5),
+        "PyTorch itself takes a projection that is as wide as the hidden state for none",
+    ),
     "gated recurrent unit": (
         lambda: Function(
             lambda s, x: s.c(s.g(s.a(x))[0]),
@@ -879,7 +909,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
             g=nn.GRU(16, 12, batch_first=True),
         ),
         (2, 6, 5),
-        "nn.GRU: its weights are offered, but the layer keeps running with _flat_weights",
+        "",
     ),
 }
 

@@ -9,7 +9,7 @@ Widths are distinct numbers on purpose: a dimension that is confused with anothe
 shows as a wrong size rather than as a wrong value.
 """
 
-from tests.zoo import convolution, decoders, encoders, pairs, sequences, vision
+from tests.zoo import convolution, decoders, encoders, pairs, recurrent, sequences, vision
 from tests.zoo.base import EXPECTED, ZOO, Entry, Expected
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "decoders",
     "encoders",
     "pairs",
+    "recurrent",
     "sequences",
     "vision",
 ]

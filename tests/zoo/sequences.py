@@ -1,4 +1,4 @@
-"""Transformers, recurrent and small networks by hand."""
+"""Transformers and small networks on sequences, by hand."""
 
 from __future__ import annotations
 
@@ -168,21 +168,3 @@ def glu_mlp() -> Entry:
         nn.Linear(23, HIDDEN), GatedMLP(HIDDEN, 36), GatedMLP(HIDDEN, 52), nn.Linear(HIDDEN, 7)
     )
     return model, (torch.randn(BATCH, LENGTH, 23),), {}
-
-
-class LSTMClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, 28)
-        self.lstm = nn.LSTM(28, 20, num_layers=2, batch_first=True)
-        self.hidden = nn.Linear(20, 34)
-        self.head = nn.Linear(34, CLASSES)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        states, _ = self.lstm(self.embed(ids))
-        return self.head(F.relu(self.hidden(states[:, -1])))
-
-
-@family()
-def lstm() -> Entry:
-    return LSTMClassifier(), (tokens(),), {}
