@@ -15,7 +15,11 @@ from supple.technique import technique, techniques
 
 if TYPE_CHECKING:
     from supple.axes.depth import Depth
+    from supple.axes.exit import Exit
     from supple.axes.heads import Heads
+    from supple.axes.kernel import Kernel
+    from supple.axes.operator import Operator
+    from supple.axes.rank import Rank
     from supple.axes.resolution import Resolution
     from supple.axes.width import Width
     from supple.cost.measure import measure
@@ -32,7 +36,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "Depth",
+    "Exit",
     "Heads",
+    "Kernel",
+    "Operator",
+    "Rank",
     "Resolution",
     "Space",
     "Width",
@@ -53,6 +61,10 @@ _HOME = {
     "Config": "supple.space",
     "Depth": "supple.axes.depth",
     "Heads": "supple.axes.heads",
+    "Rank": "supple.axes.rank",
+    "Operator": "supple.axes.operator",
+    "Exit": "supple.axes.exit",
+    "Kernel": "supple.axes.kernel",
     "Resolution": "supple.axes.resolution",
     "Space": "supple.space",
     "Width": "supple.axes.width",

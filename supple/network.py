@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import Axis, Patch, merge
+from supple.axes.base import Axis, Patch, added, merge
 from supple.axes.depth import Depth
 from supple.axes.heads import Heads
 from supple.axes.width import Width
@@ -78,7 +78,8 @@ def elastic(
     if not chosen:
         raise SettingError("axes must name at least one axis, e.g. [supple.Width()]")
     start = time.perf_counter()
-    graph = analyse(model, inputs, kwargs)
+    variants = [variant for axis in chosen for variant in axis.variants(model)]
+    graph = analyse(model, inputs, kwargs, variants)
     net = Elastic(graph, inputs, dict(kwargs or {}), chosen)
     net.seconds["prove"] = time.perf_counter() - start
     if verify and not any(p.is_meta for p in model.parameters()):
@@ -137,10 +138,25 @@ class Elastic:
         self._active: Config | None = None
         self._shadows: Shadows | None = None
         self._thread = 0
-        found = [(axis, site) for axis in axes for site in axis.sites(graph)]
+        found = _unshared([(axis, site) for axis in axes for site in axis.sites(graph)])
         self._axis_of = {site.name: axis for axis, site in found}
-        fixed = [Fixed(name, reason) for name, reason in graph.fixed.items()]
+        reasons = dict(graph.fixed)
+        for axis in axes:
+            reasons.update(axis.fixed(graph))
+        fixed = [Fixed(name, reason) for name, reason in reasons.items() if reason]
         self.space = Space(self._conditioned([site for _, site in found]), fixed)
+        self._add_parameters()
+
+    def _add_parameters(self) -> None:
+        """Give the module the parameters that transforms need, where it lacks them."""
+        for site in self.space.sites:
+            for name, value in self._axis_of[site.name].parameters(site).items():
+                path, _, leaf = name.rpartition(".")
+                module = self.module.get_submodule(path)
+                if leaf not in module._parameters:
+                    like = next(module.parameters())
+                    parameter = nn.Parameter(value.to(like), like.requires_grad)
+                    module.register_parameter(leaf, parameter)
 
     # --- using it -------------------------------------------------------------------------
 
@@ -346,6 +362,13 @@ class Elastic:
         groups = {site.name: getattr(site, "group", None) for site in self.space.sites}
         return {name: l1(self.graph, group) for name, group in groups.items() if group}
 
+    def added_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that axes have added to the module, by name.
+
+        They are trained and saved with this network, and are no part of extracted ones.
+        """
+        return {name: p for name, p in self.module.named_parameters() if added(name)}
+
     def residual_gains(self) -> list[nn.Parameter]:
         """The last normalization gain of each residual branch that ends in one.
 
@@ -366,8 +389,7 @@ class Elastic:
         return self._patch(self.space.site(name), choice)
 
     def _patch(self, site: Site, choice: int) -> Patch:
-        full = choice == site.full
-        return Patch() if full else self._axis_of[site.name].patch(site, choice)
+        return self._axis_of[site.name].patch_of(site, choice)
 
     def swaps_parameters(self) -> bool:
         """Whether some choice puts a module with parameters of its own in another's place."""
@@ -376,6 +398,7 @@ class Elastic:
             for site in self.space.sites
             for choice in site.choices
             for module in self._patch(site, choice).modules.values()
+            if isinstance(module, nn.Module)
         )
 
     def plan(self, config: Config) -> Plan:
@@ -397,6 +420,10 @@ class Elastic:
 
     def remove_sites(self, reasons: Mapping[str, str]) -> None:
         """Make sites fixed, with the reason for each."""
+        for name in reasons:
+            for parameter in self._axis_of[name].parameters(self.space.site(name)):
+                path, _, leaf = parameter.rpartition(".")
+                self.module.get_submodule(path)._parameters.pop(leaf, None)
         left = [site for site in self.space.sites if site.name not in reasons]
         fixed = [*self.space.fixed, *(Fixed(name, why) for name, why in reasons.items())]
         self.space = Space(self._conditioned(left), fixed)
@@ -405,17 +432,21 @@ class Elastic:
 
     def _conditioned(self, sites: list[Site]) -> list[Site]:
         """Sites with the conditions under which they exist: their block is not left out."""
+        dropping = [(site, {c: self._patch(site, c) for c in site.choices}) for site in sites]
         dropping = [
-            (site, {c: self._patch(site, c).dropped for c in site.choices}) for site in sites
+            (site, by)
+            for site, by in dropping
+            if any(p.dropped or p.modules for p in by.values())
         ]
-        dropping = [(site, by) for site, by in dropping if any(by.values())]
         result: list[Site] = []
         for site in sites:
             paths = self._axis_of[site.name].paths(site)
             inside = []
             for depth, by_choice in dropping:
                 alive = {
-                    c for c, gone in by_choice.items() if not paths or not _all_in(paths, gone)
+                    choice
+                    for choice, patch in by_choice.items()
+                    if not paths or any(patch.runs(path) for path in paths)
                 }
                 if depth.name != site.name and len(alive) < len(by_choice):
                     inside.append((depth.name, frozenset(alive)))
@@ -423,5 +454,13 @@ class Elastic:
         return result
 
 
-def _all_in(paths: Sequence[str], blocks: frozenset[str]) -> bool:
-    return all(any(p == b or p.startswith(b + ".") for b in blocks) for p in paths)
+def _unshared(found: list[tuple[Axis, Site]]) -> list[tuple[Axis, Site]]:
+    """Sites of which no two vary the same dimensions: a general axis gives way to others."""
+    special = {id(getattr(site, "group", None)) for axis, site in found if not axis.general} - {
+        id(None)
+    }
+    return [
+        (axis, site)
+        for axis, site in found
+        if not axis.general or id(getattr(site, "group", None)) not in special
+    ]

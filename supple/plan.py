@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import Patch
+from supple.axes.base import Patch, parameters_of, without_added
 from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
 from supple.graph.dims import Atom, Dim, atoms, positions
@@ -94,9 +94,15 @@ class Plan:
         """The sub-network's value of the tensor called `name`."""
         if name in self._slices:
             tensor = self._slices[name](tensor)
-        if name in self._patch.tensors:
-            tensor = self._patch.tensors[name](tensor)
+        change = self._patch.tensors.get(name)
+        if change is not None:
+            tensor = change(tensor, *map(self._parameter, parameters_of(change)))
         return tensor
+
+    def _parameter(self, name: str) -> Tensor:
+        module, store, attribute = self._owners[name]
+        value: Tensor = getattr(module, store)[attribute]
+        return value
 
     # --- in place -------------------------------------------------------------------------
 
@@ -136,7 +142,8 @@ class Plan:
         made: dict[str, Tensor] = {}
         with torch.enable_grad():
             for name, (module, store, attribute) in self._owners.items():
-                owner, tensor = aliases[name], getattr(module, store)[attribute]
+                # what an axis added was not there when the network was recorded
+                owner, tensor = aliases.get(name, name), getattr(module, store)[attribute]
                 if owner in running:
                     # a copy: training at a partial size must not reach what is kept
                     own = (statistics or {}).get(owner)
@@ -180,7 +187,7 @@ class Plan:
 
     def _shorten(self, modules: Mapping[str, nn.Module], undo: Shadows) -> None:
         """Leave out blocks, swap modules: shorter containers, renumbered blocks and lists."""
-        replaced: dict[str, nn.Module] = dict(self._patch.modules)
+        replaced = {path: self._standing(m, modules) for path, m in self._patch.modules.items()}
         for container, keep in self._kept().items():
             blocks = list(modules[container]._modules.values())
             for key, value in self._renumbered(container, keep):
@@ -202,6 +209,11 @@ class Plan:
                 replaced[parent] = _with_children(outer, swapped)
             else:
                 undo.put(vars(modules[parent]), name, short)
+
+    @staticmethod
+    def _standing(module: nn.Module | str, modules: Mapping[str, nn.Module]) -> nn.Module:
+        """The module that stands in another's place."""
+        return modules[module] if isinstance(module, str) else module
 
     def _kept(self) -> dict[str, list[int]]:
         """For every shortened container, the positions of the children that stay."""
@@ -236,7 +248,7 @@ class Plan:
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = value
-        model: nn.Module = copy.deepcopy(self._model, memo)
+        model: nn.Module = without_added(copy.deepcopy(self._model, memo))
         modules = dict(model.named_modules())
         forgotten = Shadows()
         for key, integer in self._attributes.items():
@@ -244,7 +256,8 @@ class Plan:
         self._cut_blocks(modules, forgotten)
         for path, module in self._patch.modules.items():
             parent, _, name = path.rpartition(".")
-            setattr(modules[parent], name, copy.deepcopy(module))
+            own = modules[module] if isinstance(module, str) else copy.deepcopy(module)
+            setattr(modules[parent], name, own)
         for module in model.modules():
             describe(module)
         if self._patch.inputs is None:
@@ -404,6 +417,7 @@ def describe(module: nn.Module) -> None:
             for name, (_, dim) in attributes.items():
                 setattr(module, name, weight.shape[dim])
     if isinstance(module, nn.modules.conv._ConvNd):
+        module.kernel_size = tuple(module.weight.shape[2:])
         out, into = module.weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = out, into * module.groups

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import Axis, Patch, Reshaped, merge
+from supple.axes.base import Axis, Patch, Reshaped, added, merge, without_added
 from supple.errors import CheckpointError, SettingError
 from supple.graph.blocks import Stack
 from supple.models import base as models
@@ -321,9 +321,7 @@ def _special(net: Elastic, config: Config, *, inputs: bool) -> list[dict[str, Js
     found = []
     for name, choice in config.items():
         axis, site = net._axis_of[name], net.space.site(name)
-        if choice == site.full:
-            continue
-        patch = axis.patch(site, choice)
+        patch = axis.patch_of(site, choice)
         concerned = patch.inputs is not None if inputs else bool(patch.modules)
         if concerned:
             place = {"name": name, "choices": list(site.choices), "full": site.full}
@@ -444,14 +442,14 @@ def needs_code(origin: Mapping[str, Json]) -> bool:
 
 
 def structure_of(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters and buffers are on the meta device."""
+    """A copy of a model, as it was given, whose tensors are on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty: Tensor = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+    return without_added(copy.deepcopy(model, memo))
 
 
 def follow(
@@ -487,7 +485,8 @@ def _extract(
     patch = merge(_patch_of(record, axes) for record in (*step["modules"], *step["inputs"]))
     for path, module in patch.modules.items():
         parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, structure_of(module))
+        own = modules[module] if isinstance(module, str) else structure_of(module)
+        setattr(modules[parent], name, own)
     return model if patch.inputs is None else Reshaped(model, patch.inputs)
 
 
@@ -520,19 +519,20 @@ def _patch_of(record: Mapping[str, Json], axes: Sequence[Axis] | None) -> Patch:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter and buffer, under every name."""
+    """Shape of every parameter and buffer of the model's own, under every name."""
     parameters = module.named_parameters(remove_duplicate=False)
     buffers = module.named_buffers(remove_duplicate=False)
-    return {name: tuple(tensor.shape) for name, tensor in (*parameters, *buffers)}
+    return {n: tuple(tensor.shape) for n, tensor in (*parameters, *buffers) if not added(n)}
 
 
 def outline(module: nn.Module) -> dict[str, str]:
-    """The class of every module and the kind of every tensor, by path."""
+    """The class of every module and the kind of every tensor of the model's own, by path."""
     found = {
         path: type(part).__name__ for path, part in module.named_modules(remove_duplicate=False)
     }
     for name, _ in module.named_parameters(remove_duplicate=False):
-        found[name] = "parameter"
+        if not added(name):
+            found[name] = "parameter"
     for name, _ in module.named_buffers(remove_duplicate=False):
         found[name] = "buffer"
     return found

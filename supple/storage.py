@@ -7,6 +7,7 @@ A folder holds
     buffers.safetensors     tensors that a state dict leaves out, where there are any
     inputs.safetensors      of an elastic network: the example inputs
     statistics.safetensors  of an elastic network: recalibrated statistics, where there are any
+    axes.safetensors        of an elastic network: parameters that axes added, where there are any
 
 `save` writes it under another name beside its place and moves it there when it is complete;
 `load` checks every file before it builds anything.
@@ -24,13 +25,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from supple import files, rebuild
-from supple.axes.base import Axis
+from supple.axes.base import Axis, added
 from supple.errors import CheckpointError, ConcurrencyError, SettingError
-from supple.graph.couple import analyse
-from supple.network import Elastic
+from supple.network import Elastic, elastic
 from supple.plan import describe
 from supple.space import Config, Fixed, Space
 from supple.uniform import fitted, uniform_config
@@ -41,7 +42,8 @@ SCHEMA = 1
 DESCRIPTION = "supple.json"
 WEIGHTS, BUFFERS = "weights.safetensors", "buffers.safetensors"
 INPUTS, STATISTICS = "inputs.safetensors", "statistics.safetensors"
-_OURS = (DESCRIPTION, WEIGHTS, BUFFERS, INPUTS, STATISTICS)
+AXES = "axes.safetensors"
+_OURS = (DESCRIPTION, WEIGHTS, BUFFERS, INPUTS, STATISTICS, AXES)
 _HELD = "held:"  # no name of a parameter or buffer starts like this
 _AGAIN = "save the network again, or fetch the folder anew"
 
@@ -182,9 +184,9 @@ def _owners(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
     """Tensors of the state dict and others, once each, and for every other name the first."""
     parameters = module.named_parameters(remove_duplicate=False)
-    named: dict[str, Tensor] = dict(parameters)
+    named: dict[str, Tensor] = {name: p for name, p in parameters if not added(name)}
     named.update(module.named_buffers(remove_duplicate=False))
-    state = module.state_dict(keep_vars=True)
+    state = {n: t for n, t in module.state_dict(keep_vars=True).items() if not added(n)}
     for name in state:
         if name not in named:
             raise CheckpointError(
@@ -261,8 +263,8 @@ def _described_elastic(net: Elastic) -> Content:
         "verified": net.verified,
         "statistics": [dict(config) for config in net.statistics],
     }
-    tensors = {INPUTS: examples} if examples else {}
-    return description, tensors | ({STATISTICS: statistics} if statistics else {})
+    more = {INPUTS: examples, STATISTICS: statistics, AXES: dict(net.added_parameters())}
+    return description, {name: tensors for name, tensors in more.items() if tensors}
 
 
 def _check_target(target: Path) -> None:
@@ -507,14 +509,29 @@ def _elastic(
 ) -> Elastic:
     args, kwargs = rebuild.unpack(saved["inputs"], tensors.get(INPUTS, {}))
     chosen = rebuild.axes_from(saved["axes"], axes)
-    net = Elastic(analyse(module, args, kwargs), args, kwargs, chosen)
+    net = elastic(module, args, kwargs, chosen, verify=False)
     _restrict(net, Space.from_json(json.dumps(saved["space"])), folder)
     net.verified = saved["verified"]
+    _fill_added(net, tensors.get(AXES, {}), folder)
     for index, config in enumerate(saved["statistics"]):
         mark = f"{index}/"
         values = {n: t for n, t in tensors[STATISTICS].items() if n.startswith(mark)}
         net.statistics[Config(config)] = {n.removeprefix(mark): t for n, t in values.items()}
     return net
+
+
+def _fill_added(net: Elastic, saved: Mapping[str, Tensor], folder: Path) -> None:
+    """Gives the parameters that axes added their values."""
+    own = net.added_parameters()
+    shapes, wanted = ({n: list(t.shape) for n, t in group.items()} for group in (own, saved))
+    if shapes != wanted:
+        raise CheckpointError(
+            f"{folder / AXES}: this version of Supple adds other parameters to the network: "
+            f"{_first_difference(shapes, wanted)}; make the network elastic and train it anew"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
 
 
 def _restrict(net: Elastic, saved: Space, folder: Path) -> None:

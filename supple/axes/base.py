@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -32,16 +33,60 @@ __all__ = [
     "GroupAxis",
     "GroupSite",
     "Inputs",
+    "Learned",
     "Patch",
     "Reshaped",
+    "added",
     "check_choices",
     "choices_of",
     "group_sites",
     "merge",
+    "parameters_of",
     "selected",
+    "without_added",
 ]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Transform = Callable[..., Tensor]
+_ADDED = "supple_"
+
+
+def added(name: str) -> bool:
+    """Whether a parameter is one that an axis has added to the model (`Axis.parameters`).
+
+    Such parameters are trained and saved with the elastic network, and are no part of its
+    sub-networks.
+
+    Example:
+        >>> added("stem.conv.supple_kernel_5"), added("stem.conv.weight")
+        (True, False)
+    """
+    return name.rpartition(".")[2].startswith(_ADDED)
+
+
+def without_added(model: nn.Module) -> nn.Module:
+    """Takes the parameters that axes added out of a model, in place, and gives it back."""
+    for module in model.modules():
+        for name in [name for name in module._parameters if added(name)]:
+            del module._parameters[name]
+    return model
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A transform of a tensor that takes the values of parameters beside it.
+
+    Args:
+        change: `change(tensor, *values) -> tensor`, differentiable.
+        parameters: Names of the parameters, in the order of `values`.
+    """
+
+    change: Transform
+    parameters: tuple[str, ...]
+
+    def __call__(self, tensor: Tensor, *values: Tensor) -> Tensor:
+        """Transforms the tensor."""
+        return self.change(tensor, *values)
 
 
 @dataclass(frozen=True)
@@ -51,36 +96,56 @@ class Patch:
     Attributes:
         sizes: Size of every dimension atom that shrinks; parameters and buffers are sliced to
             it, and the integers that the code computes with follow.
-        tensors: For a parameter name, a differentiable transform of its (sliced) value.
+        tensors: For a parameter name, a differentiable transform of its (sliced) value;
+            `Learned` ones are given the values of other parameters too.
         attributes: Values of integers stored on modules.
-        modules: For a module path, the module that stands in its place.
+        modules: For a module path, the module that stands in its place, or the path of one of
+            the network's own that does.
         dropped: Paths of blocks that are left out of their containers.
         inputs: A transform of the network's inputs, `(args, kwargs) -> (args, kwargs)`.
+        resized: Size of every dimension atom that a transform of `tensors` shrinks by itself:
+            costs count it, nothing is sliced to it.
     """
 
     sizes: Mapping[Atom, int] = field(default_factory=dict)
-    tensors: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Transform] = field(default_factory=dict)
     attributes: Mapping[AttributeKey, int] = field(default_factory=dict)
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module | str] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None
+    resized: Mapping[Atom, int] = field(default_factory=dict)
 
     @property
     def structural(self) -> bool:
         """Whether it changes which operators run, not only their sizes."""
         return bool(self.modules) or self.inputs is not None
 
+    def runs(self, path: str) -> bool:
+        """Whether the module at a path still has a place in the network."""
+        if any(_below(path, block) for block in self.dropped):
+            return False
+        for replaced, other in self.modules.items():
+            if _below(path, replaced):
+                return isinstance(other, str) and (_below(path, other) or _below(other, path))
+        return True
+
+
+def _below(path: str, above: str) -> bool:
+    return path == above or path.startswith(above + ".")
+
 
 def merge(patches: Iterable[Patch]) -> Patch:
     """All patches of a config as one."""
     sizes: dict[Atom, int] = {}
-    tensors: dict[str, Callable[[Tensor], Tensor]] = {}
+    resized: dict[Atom, int] = {}
+    tensors: dict[str, Transform] = {}
     attributes: dict[AttributeKey, int] = {}
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module | str] = {}
     dropped: set[str] = set()
     inputs = None
     for patch in patches:
         sizes.update(patch.sizes)
+        resized.update(patch.resized)
         attributes.update(patch.attributes)
         modules.update(patch.modules)
         dropped.update(patch.dropped)
@@ -88,15 +153,23 @@ def merge(patches: Iterable[Patch]) -> Patch:
             tensors[name] = _then(tensors.get(name), transform)
         if patch.inputs is not None:
             inputs = patch.inputs if inputs is None else _both(inputs, patch.inputs)
-    return Patch(sizes, tensors, attributes, modules, frozenset(dropped), inputs)
+    return Patch(sizes, tensors, attributes, modules, frozenset(dropped), inputs, resized)
 
 
-def _then(
-    first: Callable[[Tensor], Tensor] | None, second: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
+def _then(first: Transform | None, second: Transform) -> Transform:
     if first is None:
         return second
-    return lambda tensor: second(first(tensor))
+    own, more = parameters_of(first), parameters_of(second)
+
+    def both(tensor: Tensor, *values: Tensor) -> Tensor:
+        return second(first(tensor, *values[: len(own)]), *values[len(own) :])
+
+    return Learned(both, (*own, *more))
+
+
+def parameters_of(transform: Transform) -> tuple[str, ...]:
+    """Names of the parameters that a transform takes beside the tensor."""
+    return transform.parameters if isinstance(transform, Learned) else ()
 
 
 def _both(first: Callable[..., Inputs], second: Callable[..., Inputs]) -> Callable[..., Inputs]:
@@ -125,9 +198,18 @@ class Axis(ABC):
 
     Attributes:
         name: The axis's name; its sites carry it.
+        replaces: Whether the full choice changes the network, too (it leaves the alternatives
+            out); otherwise its patch is empty.
+        general: Whether its sites give way to those of other axes for the same dimensions.
     """
 
     name: ClassVar[str]
+    replaces: ClassVar[bool] = False
+    general: ClassVar[bool] = False
+
+    def variants(self, model: nn.Module) -> Sequence[AbstractContextManager[None]]:
+        """Contexts that make the model take other ways, which must be analysed as well."""
+        return ()
 
     @abstractmethod
     def sites(self, graph: Graph) -> Sequence[Site]:
@@ -137,12 +219,33 @@ class Axis(ABC):
     def patch(self, site: Site, choice: int) -> Patch:
         """What `choice` at `site` changes; for the full choice, an empty patch."""
 
+    def patch_of(self, site: Site, choice: int) -> Patch:
+        """What `choice` changes; nothing at the full one, unless the axis replaces modules."""
+        return (
+            Patch() if choice == site.full and not self.replaces else self.patch(site, choice)
+        )
+
     def paths(self, site: Site) -> tuple[str, ...]:
         """Paths of the modules that the site concerns; it exists while one of them runs.
 
         An empty tuple means the whole network.
         """
         return ()
+
+    def parameters(self, site: Site) -> Mapping[str, Tensor]:
+        """Parameters that the site's transforms need beside the model's own, by full name.
+
+        They join the module that the name says, where they are not there yet, with these
+        values. Their last names start with `supple_`.
+        """
+        return {}
+
+    def fixed(self, graph: Graph) -> Mapping[str, str]:
+        """What the axis looked at, by `parameter[dimensions]`, and why it is no site.
+
+        An empty reason says that it is a site, whatever others say.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Width(GroupAxis):
     head_dim: bool = False
     where: str | None = None
     name: ClassVar[str] = "width"
+    general: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.choices is not None:

@@ -17,8 +17,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
-from supple.axes.base import merge
+from supple.axes.base import added, merge
 from supple.cost.products import macs_of
 from supple.graph.couple import propagate
 from supple.graph.dims import Atom, Dim, Monomial, atoms, monomials, multiply
@@ -222,6 +223,8 @@ class _Run:
         self._gates = {p: (c, m.astype(np.int64)) for p, (c, m) in gates.items()}
         self._only = only
         self._patch = merge(net.patch_of(name, choice) for name, choice in choices.items())
+        whole = {s.name: s.full for s in net.space.sites if _kind(net, s) == "modules"}
+        self._present = merge(net.patch_of(n, c) for n, c in {**whole, **choices}.items())
         self._recording, self._p = self._record()
         self._sizes = self._atom_sizes()
         self._blocks = self._block_masks()
@@ -236,7 +239,11 @@ class _Run:
                 graph.model,
                 self._net.args,
                 self._net.kwargs,
-                standing_in=self._patch.modules,
+                standing_in={
+                    path: module
+                    for path, module in self._patch.modules.items()
+                    if isinstance(module, nn.Module)
+                },
             )
         return recording, propagate(recording)
 
@@ -244,7 +251,8 @@ class _Run:
         """For every atom that a site shrinks: its column and its size by choice."""
         sizes: dict[Atom, tuple[int, np.ndarray]] = {}
         for column, site in enumerate(self._net.space.sites):
-            by_choice = [self._net.patch_of(site.name, c).sizes for c in site.choices]
+            patches = [self._net.patch_of(site.name, choice) for choice in site.choices]
+            by_choice = [{**patch.sizes, **patch.resized} for patch in patches]
             for atom in {a for sizes_ in by_choice for a in sizes_}:
                 row = np.array([s.get(atom, atom.size) for s in by_choice], dtype=np.int64)
                 sizes[atom] = (column, row)
@@ -277,25 +285,35 @@ class _Run:
         """For which choices something at a module path exists; None: never in this run."""
         if path not in self._blocks_memo:
             factors = dict(self._fixed)
-            inside = False
-            for gated, (column, mask) in self._gates.items():
-                if path == gated or path.startswith(gated + "."):
-                    inside = True
-                    factors[column] = factors.get(column, 1) * mask
-            for block, masks in self._blocks.items():
-                if path == block or path.startswith(block + "."):
-                    for column, mask in masks:
-                        factors[column] = factors.get(column, 1) * mask
+            inside = [gate for gated, gate in self._gates.items() if _below(path, gated)]
+            around = [masks for block, masks in self._blocks.items() if _below(path, block)]
+            for column, mask in [*inside, *(one for masks in around for one in masks)]:
+                factors[column] = factors.get(column, 1) * mask
             self._blocks_memo[path] = factors if inside or not self._only else {-1: _NEVER}
         found = self._blocks_memo[path]
         return None if -1 in found else found
+
+    def _born(self, path: str, place: str) -> dict[int, np.ndarray]:
+        """For which choices a tensor made at `path` is there when something runs at `place`.
+
+        What leaves a module that others can replace is there whichever of them runs.
+        """
+        factors = dict(self._fixed)
+        for gated, (column, mask) in self._gates.items():
+            if _below(path, gated) and _below(place, gated):
+                factors[column] = factors.get(column, 1) * mask
+        for block, masks in self._blocks.items():
+            if _below(path, block):
+                for column, mask in masks:
+                    factors[column] = factors.get(column, 1) * mask
+        return factors
 
     def terms(
         self, dims: Iterable[Dim], factor: int, gates: Mapping[int, np.ndarray]
     ) -> list[Term]:
         """A product of sizes times a number, as terms."""
         start: dict[Monomial, int] = {(): factor}
-        polynomial = reduce(multiply, map(monomials, dims), start)
+        polynomial = reduce(multiply, (monomials(d, self._sizes) for d in dims), start)
         found: list[Term] = []
         for monomial, coefficient in polynomial.items():
             factors = dict(gates)
@@ -331,7 +349,7 @@ class _Run:
             aliases[owner].append(name)
         for name, ref in self._recording.tensors.items():
             gates = self._shared_gate(aliases[name])
-            if gates is None:
+            if gates is None or added(name):
                 continue
             dims = self._p.dims[ref.id]
             if name in parameters:
@@ -340,7 +358,7 @@ class _Run:
                 weights.extend(self.terms(dims, ref.dtype.itemsize, gates))
         for path, module in self._patch.modules.items():
             gates = self.gate(path)
-            if self._only and gates is not None:
+            if self._only and gates is not None and isinstance(module, nn.Module):
                 own = list(module.parameters())
                 params.append(Term(sum(t.numel() for t in own), gates))
                 kept = module.state_dict().values()
@@ -349,9 +367,10 @@ class _Run:
 
     def _shared_gate(self, names: list[str]) -> dict[int, np.ndarray] | None:
         """The gate of a tensor with several names: it exists while one of its owners does."""
-        found = [self.gate(name.rpartition(".")[0]) for name in names]
+        owners = [name.rpartition(".")[0] for name in names]
+        found = [self.gate(owner) for owner in owners if self._present.runs(owner)]
         gates = [g for g in found if g is not None]
-        if not gates or any(p in self._patch.modules for n in names for p in _parents(n)):
+        if not gates:
             return None
         if all(g.keys() == gates[0].keys() for g in gates) and len(gates[0]) <= 1 + len(
             self._fixed
@@ -363,8 +382,6 @@ class _Run:
 
     def points(self) -> list[list[Term]]:
         """For each moment of the run that may hold the peak, the terms of the live bytes."""
-        if self._only:
-            return []
         live = self._first_live()
         standing_in = self._block_outputs()
         moments: list[dict[int, Ref]] = [dict(live)] if live else []
@@ -439,13 +456,12 @@ class _Run:
     ) -> list[Term]:
         """Bytes of one of the tensors alive at a moment."""
         block, _ = standing_in.get(storage, ("", None))
-        if block and not (place == block or place.startswith(block + ".")):
+        if block and not _below(place, block):
             found = self._sized(live[storage], 1, gates)
             same = self._is_another(storage, live, gates, standing_in)
             return found + (self._sized(live[storage], -1, same) if same is not None else [])
-        return self._sized(
-            live[storage], 1, _times(gates, self.gate(origin.get(storage, "")) or {})
-        )
+        born = self._born(origin.get(storage, ""), place)
+        return self._sized(live[storage], 1, _times(gates, born))
 
     def _sized(self, ref: Ref, sign: int, gates: Mapping[int, np.ndarray]) -> list[Term]:
         if prod(ref.shape) * ref.dtype.itemsize != ref.nbytes:
@@ -477,6 +493,10 @@ class _Run:
         return None
 
 
+def _below(path: str, above: str) -> bool:
+    return path == above or path.startswith(above + ".")
+
+
 def _times(
     left: Mapping[int, np.ndarray], right: Mapping[int, np.ndarray]
 ) -> dict[int, np.ndarray]:
@@ -485,12 +505,6 @@ def _times(
     for column, factor in right.items():
         result[column] = result[column] * factor if column in result else factor
     return result
-
-
-def _parents(name: str) -> Iterable[str]:
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _without_dominated(points: list[list[Term]]) -> list[list[Term]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -141,7 +142,10 @@ def _is_pointwise(op: Any) -> bool:
 
 
 def analyse(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    variants: Sequence[AbstractContextManager[None]] = (),
 ) -> Graph:
     """Learn which dimensions of `model` can shrink, and what must shrink with them.
 
@@ -149,6 +153,7 @@ def analyse(
         model: Any module that runs on the example inputs.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
+        variants: Contexts in which the model takes other ways; these are analysed as well.
 
     Returns:
         The graph; the model is left exactly as it was.
@@ -160,6 +165,9 @@ def analyse(
     propagation = propagate(recording)
     if not recording.fake:
         _add_traced_path(model, args, kwargs, recording, propagation)
+    for variant in variants:
+        with variant:
+            propagate(record(model, args, kwargs), propagation)
     graph = Graph(model, recording, propagation, propagation.owned)
     _find_groups(graph)
     graph.stacks, left_in = find_stacks(model, recording, propagation)

@@ -168,7 +168,7 @@ class _Verifier:
         for name, choice in config.items():
             site = self._twin.space.site(name)
             group = getattr(site, "group", None)
-            patch = self._twin.patch(self._twin.space.config({name: choice}))
+            patch = self._twin.patch_of(name, choice)
             reduced = group is not None and self._twin.graph.reduces_over(group)
             if not (reduced or patch.structural or patch.tensors or patch.attributes):
                 kept[name] = choice
