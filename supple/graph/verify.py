@@ -41,6 +41,9 @@ __all__ = ["Report", "drop_failing_sites", "verify"]
 #: above float64; a kernel that takes no float64 makes the whole comparison run in float32.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
 
+#: Sizes of the random matrices, tried until the outputs are finite.
+_SCALES = (1.0, 0.3, 0.1)
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -109,9 +112,12 @@ class _Verifier:
         """Make the twin in this type, and its outputs at full size."""
         self._dtype = dtype
         self._twin = net.on(copy.deepcopy(net.module).to(dtype).eval())
-        _randomise(self._twin.module, torch.Generator().manual_seed(self._seed))
         inputs: Inputs = tree_map(self._cast, (tuple(net.args), dict(net.kwargs)))
-        self._full = [self._run(self._twin.module, inputs)]
+        for scale in _SCALES:
+            _randomise(self._twin.module, torch.Generator().manual_seed(self._seed), scale)
+            self._full = [self._run(self._twin.module, inputs)]
+            if all(bool(output.isfinite().all()) for output in self._full[0]):
+                break
         self._inputs = [inputs, *self._varied(inputs)]
         self._full += [self._run(self._twin.module, other) for other in self._inputs[1:]]
 
@@ -287,8 +293,8 @@ def _real(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter and running statistic values of order one.
+def _randomise(model: nn.Module, generator: torch.Generator, scale: float) -> None:
+    """Give every parameter and running statistic values of order one, matrices `scale`.
 
     Freshly initialised networks hide mistakes: zero biases, unit gains, tiny layer scales.
     """
@@ -299,7 +305,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
         if parameter.dim() <= 1:
             value = 1 + 0.5 * noise
         else:
-            value = noise / max(1, parameter[0].numel()) ** 0.5
+            value = scale * noise / max(1, parameter[0].numel()) ** 0.5
         parameter.copy_(value)
     for module in model.modules():
         if (

@@ -28,7 +28,31 @@ from tests.graph.checks import (
 )
 
 #: Programs that failed once, with what was wrong.
-FAILED_ONCE: dict[str, grammar.Program] = {}
+FAILED_ONCE: dict[str, grammar.Program] = {
+    "random weights let the full network overflow": (
+        [("product", 8), ("residual", 6), ("residual", 10), ("residual", 6)],
+        [
+            ("glu", 6),
+            ("linear attention", 6),
+            ("linear attention", 8),
+            ("linear attention", 6),
+        ],
+        [],
+        "flat",
+    ),
+    "the input of a left-out block was counted twice": (
+        [("stage", 8), ("residual", 10)],
+        [("encoder", 10)],
+        [],
+        "mean",
+    ),
+    "a feature map that is not zero at zero was taken for a wrong coupling": (
+        [],
+        [("linear attention", 10), ("attention", 8)],
+        [],
+        "mean",
+    ),
+}
 
 #: Every word of the grammar by itself, so that none depends on luck.
 WORDS = [
