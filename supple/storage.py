@@ -7,7 +7,7 @@ A folder holds
     buffers.safetensors     tensors that a state dict leaves out, where there are any
     inputs.safetensors      of an elastic network: the example inputs
     statistics.safetensors  of an elastic network: recalibrated statistics, where there are any
-    axes.safetensors        of an elastic network: parameters that axes added, where there are any
+    axes.safetensors        of an elastic network: parameters that axes added, if they did
 
 `save` writes it under another name beside its place and moves it there when it is complete;
 `load` checks every file before it builds anything.
@@ -263,7 +263,8 @@ def _described_elastic(net: Elastic) -> Content:
         "verified": net.verified,
         "statistics": [dict(config) for config in net.statistics],
     }
-    more = {INPUTS: examples, STATISTICS: statistics, AXES: dict(net.added_parameters())}
+    more: dict[str, dict[str, Tensor]] = {INPUTS: examples, STATISTICS: statistics}
+    more[AXES] = {**net.added_parameters()}
     return description, {name: tensors for name, tensors in more.items() if tensors}
 
 

@@ -15,7 +15,7 @@ of both are pinned (their size can no longer vary) and the reason is kept.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from math import prod
 
@@ -373,17 +373,21 @@ def positions(dim: Dim, order: Mapping[Atom, np.ndarray]) -> np.ndarray:
 Monomial = tuple[Atom, ...]
 
 
-def monomials(dim: Dim) -> dict[Monomial, int]:
-    """The size of `dim` as a polynomial: products of unpinned atoms to their coefficients."""
+def monomials(dim: Dim, varying: Container[Atom] = ()) -> dict[Monomial, int]:
+    """The size of `dim` as a polynomial: products of atoms to their coefficients.
+
+    Pinned atoms are numbers, but for those in `varying`.
+    """
     dim = find(dim)
     if isinstance(dim, Atom):
-        return {(): dim.size} if dim.pinned else {(dim,): 1}
+        return {(): dim.size} if dim.pinned and dim not in varying else {(dim,): 1}
     if isinstance(dim, Product):
-        return reduce(multiply, (monomials(factor) for factor in dim.factors), {(): 1})
+        factors = (monomials(factor, varying) for factor in dim.factors)
+        return reduce(multiply, factors, {(): 1})
     assert isinstance(dim, Sum)
     total: dict[Monomial, int] = {}
     for part in dim.parts:
-        for key, coefficient in monomials(part).items():
+        for key, coefficient in monomials(part, varying).items():
             total[key] = total.get(key, 0) + coefficient
     return total
 
