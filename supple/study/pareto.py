@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -9,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from torch import nn
@@ -30,6 +31,20 @@ POLL_SECONDS = 0.5
 """How often a worker with nothing to do looks whether the others are done."""
 
 _DEFAULT = "search/nsga2"
+
+
+class AskTell(Protocol):
+    """What the loop needs of a search in progress.
+
+    Its proposals must follow from its seed and from what it was told: it is rebuilt by telling
+    it the study's results again.
+    """
+
+    def ask(self, n: int = 1) -> list[Config]:
+        """Proposes configs that were neither told nor asked before."""
+
+    def tell(self, configs: list[Config], values: Any, violations: Any = None) -> None:
+        """Takes the values of configs, less is better."""
 
 
 def pareto(
@@ -88,7 +103,9 @@ def pareto(
     Raises:
         SettingError: An argument is wrong, or the study was made for another space, other
             weights or other objectives.
-        CheckpointError: The study can't be read or written; the message names the file.
+        CheckpointError: The study can't be read or written, or its server was away for longer
+            than a minute; the message names it.
+        MissingExtraError: The study lies in a database whose driver is not installed.
 
     Example:
         ```python
@@ -100,28 +117,48 @@ def pareto(
     """
     if evaluations < 1:
         raise SettingError(f"evaluations must be at least 1, got {evaluations}")
+    _check_algorithm(algorithm)
     priced = Costs(net, costs)
     evaluator = Evaluator(net, evaluate, priced, data)
-
-    def sought(evaluation: Evaluation) -> tuple[Objective, ...]:
-        return objectives_of(
-            evaluation.metrics, priced.names, maximize=maximize, only=objectives
-        )
-
-    weights = fingerprint(net.module)
+    sought = functools.partial(_sought, priced.names, maximize, objectives)
     place = _new_file(name) if study is None else study
+    weights = fingerprint(net.module)
     with StudyStore(place, name=name, space=net.space, weights=weights) as store:
         _begin(store, net, evaluator, sought, evaluations)
-        first = store.results()
-        if first:
-            store.check(sought(first[0]))
-        names = [objective.name for objective in store.objectives]
-        run = (algorithm or technique(_DEFAULT)()).start(net.space, names, seed)
-        loop = _Loop(store, run, evaluator, sought, evaluations, where or {})
+        search = _started(algorithm, net, store, seed)
+        loop = _Loop(store, search, evaluator, sought, evaluations, where or {})
         loop.offer([net.space.largest(), net.space.smallest()])
         with SearchProgress(evaluations, store.objectives, name, shown=progress) as shown:
             loop.run(shown)
         return _front(store)
+
+
+def _check_algorithm(algorithm: object) -> None:
+    if algorithm is None or isinstance(algorithm, Search):
+        return
+    raise SettingError(
+        f"algorithm must be a search such as NSGA2(), got {type(algorithm).__name__}; what "
+        "can't be rebuilt from its results (Optuna's TPE and GP samplers, say) is not offered, "
+        "because a search that was killed could not go on exactly"
+    )
+
+
+def _sought(
+    costs: Sequence[str],
+    maximize: str | Sequence[str] | None,
+    only: Sequence[str] | None,
+    evaluation: Evaluation,
+) -> tuple[Objective, ...]:
+    """What is sought, as the metrics of an evaluation tell."""
+    return objectives_of(evaluation.metrics, costs, maximize=maximize, only=only)
+
+
+def _started(
+    algorithm: Search | None, net: Network, store: StudyStore, seed: Randomness
+) -> AskTell:
+    names = [objective.name for objective in store.objectives]
+    algorithm = algorithm or technique(_DEFAULT)()
+    return cast(AskTell, algorithm.start(net.space, names, seed))
 
 
 def _new_file(name: str) -> Path:
@@ -136,17 +173,18 @@ def _begin(
     sought: Callable[[Evaluation], tuple[Objective, ...]],
     limit: int,
 ) -> None:
-    """Creates the study. What its objectives are, the first evaluation tells."""
-    if store.exists:
-        return
-    with store.alone() as needed:
-        if not needed:
-            return
-        first = evaluator(net.space.largest())
-        store.create(sought(first))
-        trial = store.claim(first.config, limit)
-        if isinstance(trial, int):
-            store.finish(trial, first)
+    """Creates the study or joins it. What its objectives are, the first evaluation tells."""
+    if not store.exists:
+        with store.alone() as needed:
+            if needed:
+                first = evaluator(net.space.largest())
+                store.create(sought(first))
+                trial = store.claim(first.config, limit)
+                if isinstance(trial, int):
+                    store.finish(trial, first)
+    known = store.results()
+    if known:
+        store.check(sought(known[0]))
 
 
 class _Loop:
@@ -155,7 +193,7 @@ class _Loop:
     def __init__(
         self,
         store: StudyStore,
-        search: Any,
+        search: AskTell,
         evaluator: Evaluator,
         sought: Callable[[Evaluation], tuple[Objective, ...]],
         limit: int,
@@ -253,4 +291,4 @@ def _front(store: StudyStore) -> Front:
         for result in store.results()
         if all(math.isfinite(result.values[o.name]) for o in store.objectives)
     ]
-    return Front(store.objectives, tuple(points), store.where)
+    return Front(store.objectives, tuple(points), store.shown)

@@ -5,6 +5,10 @@ running, with its config, before the evaluation begins (`claim`), and becomes co
 its values at the end (`finish`). Several workers may do so at once: of two that claim the same
 config the one with the lower trial number has it.
 
+A database server that goes away in mid-search is waited for, `AWAY_SECONDS` at most. What was
+asked of it may or may not have been done when the connection broke, so everything that is asked
+again does no harm if it was done before.
+
 What optuna's dashboard shows: the objectives as values with their directions, the choices as
 parameters, and config, metrics and costs as user attributes.
 """
@@ -14,24 +18,41 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
+import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.storages._rdb.models import SCHEMA_VERSION
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
-from supple.errors import CheckpointError, SettingError
+from supple.errors import (
+    CheckpointError,
+    MissingExtraError,
+    SettingError,
+    SuppleError,
+    SuppleWarning,
+    import_extra,
+)
 from supple.files import checksum
 from supple.space import Config, Space
 from supple.study.objectives import Objective
@@ -45,6 +66,9 @@ MEMORY = ":memory:"
 LOCK_SECONDS = 30.0
 """How long to wait for a study file that another program has locked."""
 
+AWAY_SECONDS = 60.0
+"""How long to wait for a database server that went away in mid-search."""
+
 _RACES, _RACE_SECONDS = 20, 0.1
 _BEAT_SECONDS = 20
 _GRACE_SECONDS = 120
@@ -52,6 +76,12 @@ _SUFFIXES = (".db", ".sqlite", ".sqlite3")
 _SCHEMA = 1
 _ABOUT = "supple"
 _NOT_FINITE = "not finite"
+_AWAY = (OperationalError, InterfaceError, PendingRollbackError)
+_AWAY_POLL_SECONDS = 0.5
+# A server that vanishes without a word (a cable, a dead machine) is noticed within 40 s.
+_POSTGRES = {"connect_timeout": 10, "keepalives_idle": 20, "tcp_user_timeout": 40_000}
+_POSTGRES_DRIVER = "postgresql+psycopg"
+_Result = TypeVar("_Result")
 
 
 class Claim(Enum):
@@ -93,7 +123,8 @@ class StudyStore:
 
     Raises:
         SettingError: `where` is neither, or the study was made for something else.
-        CheckpointError: The file can't be read or written.
+        CheckpointError: The file can't be read or written, or the database can't be reached.
+        MissingExtraError: The database's driver is not installed.
     """
 
     def __init__(
@@ -108,6 +139,7 @@ class StudyStore:
         self._read_before: dict[int, Evaluation] = {}
         self._study: optuna.Study | None = None
         self._file = _file_of(self.where)
+        self.shown = _shown(self.where)
         if self._file is not None:
             _check_file(self._file)
         with self._guard():
@@ -138,7 +170,7 @@ class StudyStore:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        """Keeps other workers on this machine waiting, where the study is a file.
+        """Keeps other workers waiting, where the study is a file or lies in PostgreSQL.
 
         The first evaluation tells what the objectives are, so it comes before the study;
         without this, workers that start together would all make it.
@@ -146,13 +178,33 @@ class StudyStore:
         Yields:
             Whether the study is still to be created.
         """
-        if self._file is None:
-            yield not self.exists
-            return
-        lock = self._file.with_name(f".{self._file.name}.lock")
-        with _locked(lock):
+        with contextlib.ExitStack() as held:
+            if self._file is not None:
+                held.enter_context(_locked(self._file.with_name(f".{self._file.name}.lock")))
+            elif self._is_postgres:
+                held.enter_context(self._advisory_lock())
             self._join()
             yield not self.exists
+
+    @contextlib.contextmanager
+    def _advisory_lock(self) -> Iterator[None]:
+        """Holds a lock that PostgreSQL releases when the connection ends, however it ends."""
+        assert isinstance(self._storage, RDBStorage)
+        engine = self._storage.engine
+        key = int(checksum(self.name.encode())[:15], 16)
+
+        def taken() -> sqlalchemy.Connection:
+            connection = engine.connect()
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": key})
+            return connection
+
+        connection = self._ask(taken)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(SQLAlchemyError):  # it is gone, and the lock with it
+                connection.invalidate()
+                connection.close()
 
     def create(self, objectives: Sequence[Objective]) -> None:
         """Creates the study, or joins it if another worker was faster.
@@ -162,7 +214,8 @@ class StudyStore:
             CheckpointError: The file can't be written.
         """
         up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-        with self._guard(), _without_experimental_warnings():
+
+        def made() -> None:
             study = optuna.create_study(
                 storage=self._storage,
                 study_name=self.name,
@@ -172,6 +225,9 @@ class StudyStore:
             if _ABOUT not in study.user_attrs and not study.get_trials(deepcopy=False):
                 study.set_user_attr(_ABOUT, self._about(objectives))
                 study.set_metric_names([o.name for o in objectives])
+
+        with _without_experimental_warnings():
+            self._ask(made)
         self._join()
         self.check(objectives)
 
@@ -183,7 +239,7 @@ class StudyStore:
         """
         if tuple(objectives) != self.objectives:
             raise SettingError(
-                f"study {self.name!r} in {self.where} was made for the objectives "
+                f"study {self.name!r} in {self.shown} was made for the objectives "
                 f"{_worded(self.objectives)}, not {_worded(objectives)}; choose another file "
                 f"or name="
             )
@@ -221,8 +277,10 @@ class StudyStore:
         refusal = _refusal(self._trials(), text, limit)
         if refusal is not None:
             return refusal
-        with self._guard():
-            trial = self._storage.create_new_trial(self._study_id, self._running(config))
+        trial = self._ask(
+            lambda: self._storage.create_new_trial(self._study_id, self._running(config)),
+            done=lambda: self._claimed(text),
+        )
         # Another worker may have claimed at the same moment: the lower number goes first.
         trials = self._trials()
         number = next(t.number for t in trials if t._trial_id == trial)
@@ -257,14 +315,17 @@ class StudyStore:
         if not finite:
             attributes["reason"] = _NOT_FINITE
         state = TrialState.COMPLETE if finite else TrialState.FAIL
-        with self._guard():
+
+        def stored() -> bool:
             try:
                 for key, value in attributes.items():
                     self._storage.set_trial_user_attr(trial, key, value)
                 self._storage.set_trial_state_values(trial, state, values if finite else None)
             except optuna.exceptions.UpdateFinishedTrialError:
                 return False
-        return True
+            return True
+
+        return self._ask(stored)
 
     def fail(self, trial: int, reason: str) -> None:
         """Marks a claimed config as not evaluated; it may be claimed again.
@@ -272,12 +333,13 @@ class StudyStore:
         Raises:
             CheckpointError: The file can't be written.
         """
-        with (
-            self._guard(),
-            contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError),
-        ):
-            self._storage.set_trial_user_attr(trial, "reason", reason)
-            self._storage.set_trial_state_values(trial, TrialState.FAIL)
+
+        def failed() -> None:
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(trial, "reason", reason)
+                self._storage.set_trial_state_values(trial, TrialState.FAIL)
+
+        self._ask(failed)
 
     def fail_interrupted(self) -> list[Config]:
         """Marks the trials of workers that live no more as failed.
@@ -311,8 +373,10 @@ class StudyStore:
             return contextlib.nullcontext()
 
         def beat() -> None:
-            # A beat that is lost to a busy database does not matter, the next one counts.
-            with contextlib.suppress(optuna.exceptions.StorageInternalError), _quiet():
+            # A beat that a busy database or an absent one loses does not matter: the next
+            # one counts.
+            lost = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
+            with contextlib.suppress(*lost), _quiet():
                 storage.record_heartbeat(trial)
 
         return beating(beat, _BEAT_SECONDS)
@@ -322,7 +386,7 @@ class StudyStore:
     def _opened(self) -> BaseStorage:
         if self.where == MEMORY:
             return InMemoryStorage()
-        url = self.where if self._file is None else f"sqlite:///{self._file}"
+        url = _with_driver(self.where) if self._file is None else f"sqlite:///{self._file}"
         for _ in range(_RACES):
             try:
                 return self._connected(url)
@@ -334,29 +398,60 @@ class StudyStore:
         return self._connected(url)
 
     def _connected(self, url: str) -> RDBStorage:
-        timeout = (
-            {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else None
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if url.startswith("sqlite"):
+            options = {"connect_args": {"timeout": LOCK_SECONDS}}
+        elif url.startswith(_POSTGRES_DRIVER):
+            options["connect_args"] = _POSTGRES
+        try:
+            with _without_experimental_warnings():
+                storage = RDBStorage(
+                    url,
+                    engine_kwargs=options,
+                    heartbeat_interval=_BEAT_SECONDS,
+                    grace_period=_GRACE_SECONDS,
+                )
+        except ImportError as error:
+            raise MissingExtraError(
+                f"the driver of {self.shown} is not installed ({error.__cause__ or error}); "
+                "install it, or use PostgreSQL (pip install 'supple[postgres]') or a file"
+            ) from error
+
+        self._check_layout(storage)
+        return storage
+
+    def _check_layout(self, storage: RDBStorage) -> None:
+        # optuna itself compares the revisions of its tables, not the number of their layout.
+        with storage.engine.connect() as connection:
+            words = "SELECT schema_version, library_version FROM version_info"
+            layout, maker = connection.execute(sqlalchemy.text(words)).one()
+        if layout > SCHEMA_VERSION:
+            raise CheckpointError(self._newer(maker))
+
+    def _newer(self, maker: str) -> str:
+        return (
+            f"can't use the study {self.shown}: its tables are of a newer version of optuna "
+            f"(it was made by {maker}, this is {optuna.__version__}); update optuna, or use "
+            "another file"
         )
-        with _without_experimental_warnings():
-            return RDBStorage(
-                url,
-                engine_kwargs=timeout,
-                heartbeat_interval=_BEAT_SECONDS,
-                grace_period=_GRACE_SECONDS,
-            )
 
     def _join(self) -> None:
         """Takes up the study if it is there, and checks what it was made for."""
-        with self._guard():
+
+        def found() -> tuple[optuna.Study, Any] | None:
             try:
                 study = optuna.load_study(study_name=self.name, storage=self._storage)
             except KeyError:
-                return
+                return None
             about = study.user_attrs.get(_ABOUT)
             if about is None and not study.get_trials(deepcopy=False):
-                return  # its maker was stopped before saying what it is; `create` will
-        self.objectives = self._checked(about)
-        self._study = study
+                return None  # its maker was stopped before saying what it is; `create` will
+            return study, about
+
+        joined = self._ask(found)
+        if joined is not None:
+            self.objectives = self._checked(joined[1])
+            self._study = joined[0]
 
     def _about(self, objectives: Sequence[Objective]) -> dict[str, Any]:
         return {
@@ -368,9 +463,15 @@ class StudyStore:
 
     def _checked(self, about: Any) -> tuple[Objective, ...]:
         """Returns the objectives of a study that was made for this space and these weights."""
-        made = f"study {self.name!r} in {self.where} was made"
+        made = f"study {self.name!r} in {self.shown} was made"
         instead = "; choose another file or name="
-        if not isinstance(about, Mapping) or about.get("schema") != _SCHEMA:
+        schema = about.get("schema") if isinstance(about, Mapping) else None
+        if isinstance(schema, int) and schema > _SCHEMA:
+            raise SettingError(
+                f"{made} by a newer version of Supple (its layout is {schema}, this version "
+                f"knows {_SCHEMA}); update Supple, or choose another file or name="
+            )
+        if not isinstance(about, Mapping) or schema != _SCHEMA:
             raise SettingError(f"{made} by another program or version{instead}")
         if about.get("space") != self.space.digest:
             raise SettingError(f"{made} for another space than this network's{instead}")
@@ -387,9 +488,22 @@ class StudyStore:
         return int(self._study._study_id)
 
     def _trials(self) -> list[FrozenTrial]:
-        assert self._study is not None
-        with self._guard():
-            return self._study.get_trials(deepcopy=False)
+        study = self._study
+        assert study is not None
+        return self._ask(lambda: study.get_trials(deepcopy=False))
+
+    def _claimed(self, config: str) -> int | None:
+        """Returns the trial of a claim by this worker whose acknowledgement was lost."""
+        for trial in self._trials():
+            signature = trial.user_attrs.get("worker", {})
+            mine = signature.get("token") == self._worker.token
+            if (
+                mine
+                and trial.state == TrialState.RUNNING
+                and trial.user_attrs["config"] == config
+            ):
+                return trial._trial_id
+        return None
 
     def _running(self, config: Config) -> FrozenTrial:
         return FrozenTrial(
@@ -415,9 +529,10 @@ class StudyStore:
         return {site.name: CategoricalDistribution(site.choices) for site in self.space.sites}
 
     def _fail_silent(self) -> None:
-        if isinstance(self._storage, RDBStorage) and self._study is not None:
-            with self._guard(), _without_experimental_warnings():
-                optuna.storages.fail_stale_trials(self._study)
+        study = self._study
+        if isinstance(self._storage, RDBStorage) and study is not None:
+            with _without_experimental_warnings():
+                self._ask(lambda: optuna.storages.fail_stale_trials(study))
 
     def _config(self, trial: FrozenTrial) -> Config:
         try:
@@ -440,7 +555,60 @@ class StudyStore:
         return evaluation
 
     def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"the study {self.where} is damaged ({why}); use another file")
+        return CheckpointError(f"the study {self.shown} is damaged ({why}); use another file")
+
+    @property
+    def _is_postgres(self) -> bool:
+        return isinstance(self._storage, RDBStorage) and (
+            self._storage.engine.dialect.name == "postgresql"
+        )
+
+    def _ask(
+        self, work: Callable[[], _Result], *, done: Callable[[], _Result | None] | None = None
+    ) -> _Result:
+        """Asks the database, again if its server was away for a while.
+
+        Args:
+            work: What to do; it does no harm to do it twice, unless `done` is given.
+            done: After a connection broke, finds the result if the work was done all the same.
+        """
+        deadline: float | None = None
+        while True:
+            with self._guard():
+                try:
+                    return work()
+                except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+                    if self._file is not None or not _is_away(error):
+                        raise
+                    deadline = self._patience(deadline, error)
+            time.sleep(_AWAY_POLL_SECONDS)
+            self._forget_connections()
+            found = None if done is None else done()
+            if found is not None:
+                return found
+
+    def _patience(self, deadline: float | None, error: Exception) -> float:
+        """Returns until when to wait for the server; said once, and not for ever."""
+        if deadline is None:
+            warnings.warn(
+                f"the database {self.shown} is away; waiting for it, "
+                f"{AWAY_SECONDS:.0f} s at most",
+                SuppleWarning,
+                stacklevel=2,
+            )
+            return time.monotonic() + AWAY_SECONDS
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"the database {self.shown} was away for {AWAY_SECONDS:.0f} s "
+                f"({_reason(error)}); what was finished is kept: start it, then run the same "
+                "command again"
+            ) from error
+        return deadline
+
+    def _forget_connections(self) -> None:
+        assert isinstance(self._storage, RDBStorage)
+        self._storage.scoped_session.remove()
+        self._storage.engine.dispose()
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -448,14 +616,21 @@ class StudyStore:
         try:
             with _quiet():
                 yield
+        except SuppleError:
+            raise
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            raise CheckpointError(_database_fault(self.where, error)) from error
+            raise CheckpointError(_database_fault(self.shown, error)) from error
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             # Only optuna runs in here, on arguments that are right: what it read is wrong.
             raise self._damaged(repr(error)) from error
         except RuntimeError as error:
             # optuna's way to say that the tables are of another version.
-            raise CheckpointError(f"can't use the study {self.where}: {error}") from error
+            maker = re.search(r"set up by optuna ([^)]+)\).*updating optuna", str(error))
+            if maker:
+                raise CheckpointError(self._newer(maker[1])) from error
+            raise CheckpointError(
+                f"can't use the study {self.shown}: {_one_line(str(error))}"
+            ) from error
 
 
 def _counts(trial: FrozenTrial) -> bool:
@@ -516,25 +691,71 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"the study {path} is damaged ({why}); use another file")
 
 
+def _with_driver(url: str) -> str:
+    """Names the driver of a PostgreSQL URL that names none, and says how to get it.
+
+    Raises:
+        SettingError: This is no database URL.
+        MissingExtraError: The driver is not installed.
+    """
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise SettingError(
+            f"{_shown(url)} is no database URL; one looks like "
+            "postgresql://user:password@host:5432/database"
+        ) from error
+    if parsed.drivername in ("postgresql", "postgres", _POSTGRES_DRIVER):
+        import_extra("psycopg", "postgres")
+        parsed = parsed.set(drivername=_POSTGRES_DRIVER)
+    return parsed.render_as_string(hide_password=False)
+
+
+def _shown(where: str) -> str:
+    """Returns a place as messages may show it: without a password."""
+    hidden = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", where)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", hidden)
+
+
 _FAULTS = {
     "locked": "another program has locked it; wait for that to end or use another file",
     "readonly": "it can't be written; use another folder or change the permissions",
+    "read-only": "it can't be written; use another folder or change the permissions",
     "unable to open": "it can't be opened; use a folder that you may write to",
-    "disk is full": "the disk is full",
+    "disk is full": "the disk is full; make room, then run the same command again",
+    "no space left": "the disk is full; make room, then run the same command again",
     "not a database": "it is no SQLite database; use another file",
     "malformed": "it is damaged; use another file",
+    "connection refused": "no server answers there; start it, or correct host and port",
+    "authentication failed": "the server refused user or password; correct them in the URL",
 }
 
 
 def _database_fault(where: str, error: BaseException) -> str:
-    chain: list[str] = []
+    text = " ".join(str(cause) for cause in _chain(error)).lower()
+    hint = next((hint for sign, hint in _FAULTS.items() if sign in text), _reason(error))
+    return f"can't use the study {where}: {hint}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
-        chain.append(str(cause))
+        yield cause
         cause = cause.__cause__
-    text = " ".join(chain).lower()
-    hint = next((hint for sign, hint in _FAULTS.items() if sign in text), chain[-1])
-    return f"can't use the study {where}: {hint}"
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the words of an error's first cause."""
+    return _one_line(str(list(_chain(error))[-1]))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_away(error: BaseException) -> bool:
+    """Says whether the connection to a server broke or can't be made."""
+    return any(isinstance(cause, _AWAY) for cause in _chain(error))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -271,6 +272,12 @@ def test_what_is_no_number_of_evaluations_or_no_metric_is_refused() -> None:
         quiet(Net(), lambda _: "good", ["params"], study=":memory:")
     with pytest.raises(SettingError, match="must return a number"):
         quiet(Net(), lambda _: {"accuracy": torch.zeros(2)}, ["params"], study=":memory:")
+
+
+def test_a_search_that_can_not_be_rebuilt_is_refused() -> None:
+    sampler: Any = optuna.samplers.TPESampler()
+    with pytest.raises(SettingError, match=r"got TPESampler; what can't be rebuilt"):
+        quiet(Net(), accuracy, ["params"], algorithm=sampler, study=":memory:")
 
 
 def test_one_number_is_called_after_its_function() -> None:

@@ -186,6 +186,46 @@ def test_a_study_of_another_program_is_refused(path: Path) -> None:
         StudyStore(path, name="s", space=SPACE)
 
 
+def test_a_study_of_a_newer_layout_is_refused_as_such(filled: Path) -> None:
+    with contextlib.closing(sqlite3.connect(filled)) as connection, connection:
+        connection.execute(
+            "UPDATE study_user_attributes "
+            "SET value_json = replace(value_json, '\"schema\": 1', '\"schema\": 2')"
+        )
+    with pytest.raises(SettingError, match=r"newer version of Supple .*update Supple"):
+        StudyStore(filled, name="s", space=SPACE, weights="w")
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [("version_info", "schema_version", "99"), ("alembic_version", "version_num", "'v99.0.a'")],
+)
+def test_tables_of_a_newer_optuna_are_refused_and_left_alone(
+    filled: Path, table: str, column: str, value: str
+) -> None:
+    with contextlib.closing(sqlite3.connect(filled)) as connection, connection:
+        connection.execute(f"UPDATE {table} SET {column} = {value}")
+    before = dumped(filled)
+    with pytest.raises(CheckpointError, match=r"study\.db: .*newer.*\d\.\d.*update") as caught:
+        StudyStore(filled, name="s", space=SPACE, weights="w")
+    assert "\n" not in str(caught.value)
+    assert dumped(filled) == before
+
+
+def dumped(path: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return list(connection.iterdump())
+
+
+@pytest.mark.parametrize(
+    "place", ["postgresql://u:secret@h:5432/d", "mysql://h/d?user=u&password=secret&x=1"]
+)
+def test_a_password_is_not_shown(place: str) -> None:
+    assert "secret" not in module._shown(place)
+    assert "***" in module._shown(place)
+    assert module._shown("runs/a.db") == "runs/a.db"
+
+
 @pytest.mark.parametrize("where", ["study", "study.txt", "study.json"])
 def test_a_place_that_is_no_study_is_refused(where: str) -> None:
     with pytest.raises(SettingError, match=r"ends in \.db"):
