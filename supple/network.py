@@ -12,7 +12,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,9 @@ from supple.axes.heads import Heads
 from supple.axes.width import Width
 from supple.errors import ConcurrencyError, SettingError, SuppleWarning, UnsupportedModelError
 from supple.graph.blocks import residual_gains
-from supple.graph.couple import Graph, analyse
+from supple.graph.couple import Graph, Group, analyse
 from supple.graph.dims import Atom
-from supple.graph.order import expand_order, l1, permute
+from supple.graph.order import expand_order, l1, permute, read_l1
 from supple.plan import Plan, Shadows
 from supple.recompute import recomputing
 from supple.space import Config, Fixed, Site, Space
@@ -336,15 +336,13 @@ class Elastic:
 
         Args:
             importance: For a site's name, a score per unit (higher stays longer), shape
-                (full,); sites without an entry keep their order. `"l1"` scores each unit by
-                the sum of the absolute weights that it owns.
+                (full,); sites without an entry keep their order. A name is that of a rule of
+                `importance`.
 
         Raises:
-            SettingError: A site does not exist, or a score has the wrong length.
+            SettingError: A site or rule does not exist, or a score has the wrong length.
         """
-        scores = self._l1() if importance == "l1" else importance
-        if isinstance(scores, str):
-            raise SettingError(f"importance must be 'l1' or a mapping, got {scores!r}")
+        scores = self.importance(importance) if isinstance(importance, str) else importance
         order: dict[Atom, np.ndarray] = {}
         for name, score in scores.items():
             group = getattr(self.space.site(name), "group", None)
@@ -358,9 +356,27 @@ class Elastic:
         permute(self.module, self.graph, order)
         self.drop_statistics()
 
-    def _l1(self) -> dict[str, Tensor]:
+    def importance(self, rule: str = "l1") -> dict[str, Tensor]:
+        """A score for every unit of every site whose units can be reordered.
+
+        Args:
+            rule: `"l1"` sums the absolute weights that a unit owns; `"read_l1"` those that the
+                following layers read it with.
+
+        Returns:
+            Site name to scores of shape (full,).
+
+        Raises:
+            SettingError: There is no such rule.
+        """
+        rules: dict[str, Callable[[Graph, Group], Tensor]] = {"l1": l1, "read_l1": read_l1}
+        if rule not in rules:
+            raise SettingError(
+                f"importance must be a mapping or one of {', '.join(map(repr, rules))}, got "
+                f"{rule!r}"
+            )
         groups = {site.name: getattr(site, "group", None) for site in self.space.sites}
-        return {name: l1(self.graph, group) for name, group in groups.items() if group}
+        return {name: rules[rule](self.graph, group) for name, group in groups.items() if group}
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that axes have added to the module, by name.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 
 from supple.graph.couple import Graph, Group
 from supple.graph.dims import Atom, Dim, positions
+from supple.graph.rules import argument
 
-__all__ = ["expand_order", "l1", "permute"]
+__all__ = ["expand_order", "l1", "permute", "read_l1"]
+
+_CONVOLUTIONS = ("convolution", "_convolution", "mkldnn_convolution")
+#: Products of an activation and a weight, and which input the weight is.
+_PRODUCTS = {"mm": -1, "addmm": -1} | dict.fromkeys(_CONVOLUTIONS, 1)
 
 
 def expand_order(group: Group, order: np.ndarray) -> dict[Atom, np.ndarray]:
@@ -49,9 +55,48 @@ def permute(model: nn.Module, graph: Graph, order: Mapping[Atom, np.ndarray]) ->
 @torch.no_grad()
 def l1(graph: Graph, group: Group) -> Tensor:
     """Sum of the absolute parameters that each unit of a group owns, shape (full,)."""
+    return _summed(graph, group, group.members)
+
+
+@torch.no_grad()
+def read_l1(graph: Graph, group: Group) -> Tensor:
+    """Sum of the absolute weights that the following layers read each unit with.
+
+    These are the weights of products that sum over the units. Where none is known, all that a
+    unit owns counts, as in `l1`.
+
+    Returns:
+        Shape (full,).
+    """
+    read = summed_over(graph)
+    following = [(name, dim) for name, dim in group.members if dim in read.get(name, ())]
+    return _summed(graph, group, following or group.members)
+
+
+def summed_over(graph: Graph) -> dict[str, set[int]]:
+    """The dimensions of every parameter that products with activations sum over."""
+    names = {ref.storage: name for name, ref in graph.recording.tensors.items()}
+    found: dict[str, set[int]] = defaultdict(set)
+    for call in graph.recording.calls:
+        kind = call.name.removeprefix("aten::")
+        if kind not in _PRODUCTS:
+            continue
+        weight = call.inputs[_PRODUCTS[kind]]
+        name = names.get(weight.storage)
+        if name is None:
+            continue
+        if kind in _CONVOLUTIONS:
+            found[name].add(0 if argument(call, "transposed", False) else 1)
+        elif len(weight.shape) == 2:
+            # A matrix that is not the parameter itself is its transpose, as in `linear`.
+            found[name].add(0 if weight.id == graph.recording.tensors[name].id else 1)
+    return dict(found)
+
+
+def _summed(graph: Graph, group: Group, members: Iterable[tuple[str, int]]) -> Tensor:
     owned = dict(graph.model.named_parameters())
     total = torch.zeros(group.full, dtype=torch.float64)
-    for name, dim in group.members:
+    for name, dim in members:
         if name in owned:
             total += _per_unit(owned[name], dim, graph.tensors[name], group)
     return total.float()
