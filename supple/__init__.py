@@ -16,11 +16,14 @@ from supple.technique import technique, techniques
 if TYPE_CHECKING:
     from supple.axes.depth import Depth
     from supple.axes.exit import Exit
+    from supple.axes.experts import Experts
     from supple.axes.heads import Heads
     from supple.axes.kernel import Kernel
     from supple.axes.operator import Operator
+    from supple.axes.patch_size import PatchSize
     from supple.axes.rank import Rank
     from supple.axes.resolution import Resolution
+    from supple.axes.tokens import Tokens
     from supple.axes.width import Width
     from supple.cost.measure import measure
     from supple.deploy.export import export
@@ -37,12 +40,15 @@ __all__ = [
     "Config",
     "Depth",
     "Exit",
+    "Experts",
     "Heads",
     "Kernel",
     "Operator",
+    "PatchSize",
     "Rank",
     "Resolution",
     "Space",
+    "Tokens",
     "Width",
     "__version__",
     "elastic",
@@ -61,9 +67,12 @@ _HOME = {
     "Config": "supple.space",
     "Depth": "supple.axes.depth",
     "Heads": "supple.axes.heads",
+    "Tokens": "supple.axes.tokens",
+    "PatchSize": "supple.axes.patch_size",
     "Rank": "supple.axes.rank",
     "Operator": "supple.axes.operator",
     "Exit": "supple.axes.exit",
+    "Experts": "supple.axes.experts",
     "Kernel": "supple.axes.kernel",
     "Resolution": "supple.axes.resolution",
     "Space": "supple.space",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import Patch, parameters_of, without_added
+from supple.axes.base import InputTransform, Patch, Reshaped, parameters_of, without_added
 from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
 from supple.graph.dims import Atom, Dim, atoms, positions
@@ -78,6 +78,7 @@ class Plan:
             or patch.modules
             or patch.dropped
             or patch.inputs
+            or patch.downstream
         )
 
     def _needed_slices(self) -> dict[str, Slice]:
@@ -119,22 +120,13 @@ class Plan:
                 self._shadow_tensors(undo, statistics)
                 for key, value in self._attributes.items():
                     set_integer(self._modules[key.module], key, value, undo)
-                self._shorten(self._modules, undo)
-                if self._patch.inputs is not None:
-                    undo.put(vars(self._model), "forward", self._resized_forward(self._model))
+                placed = self._shorten(self._modules, undo)
+                for path, change in self._patch.inputs.items():
+                    module = placed.get(path, self._modules[path])
+                    undo.put(vars(module), "forward", _changed(module.forward, change))
             yield undo
         finally:
             undo.undo()
-
-    def _resized_forward(self, model: nn.Module) -> Any:
-        forward, change = model.forward, self._patch.inputs
-        assert change is not None
-
-        def resized(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = change(args, kwargs)
-            return forward(*args, **kwargs)
-
-        return resized
 
     def _shadow_tensors(self, undo: Shadows, statistics: Mapping[str, Tensor] | None) -> None:
         aliases = self._graph.recording.aliases
@@ -185,8 +177,13 @@ class Plan:
             if module._buffers[name] is not None
         }
 
-    def _shorten(self, modules: Mapping[str, nn.Module], undo: Shadows) -> None:
-        """Leave out blocks, swap modules: shorter containers, renumbered blocks and lists."""
+    def _shorten(self, modules: Mapping[str, nn.Module], undo: Shadows) -> dict[str, nn.Module]:
+        """Leave out blocks, swap modules: shorter containers, renumbered blocks and lists.
+
+        Returns:
+            What stands at the paths at which something else stood.
+        """
+        placed: dict[str, nn.Module] = {}
         replaced = {path: self._standing(m, modules) for path, m in self._patch.modules.items()}
         for container, keep in self._kept().items():
             blocks = list(modules[container]._modules.values())
@@ -202,13 +199,16 @@ class Plan:
             parent, _, name = path.rpartition(".")
             if not path:
                 undo.put(vars(modules[path]), "forward", short.forward)
-            elif isinstance(modules[parent], _CONTAINERS):
+                continue
+            placed[path] = short
+            if isinstance(modules[parent], _CONTAINERS):
                 outer = replaced.get(parent, modules[parent])
                 children = outer._modules.items()
                 swapped = {k: short if c is modules[path] else c for k, c in children}
                 replaced[parent] = _with_children(outer, swapped)
             else:
                 undo.put(vars(modules[parent]), name, short)
+        return placed
 
     @staticmethod
     def _standing(module: nn.Module | str, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -260,11 +260,7 @@ class Plan:
             setattr(modules[parent], name, own)
         for module in model.modules():
             describe(module)
-        if self._patch.inputs is None:
-            return model
-        from supple.axes.base import Reshaped
-
-        return Reshaped(model, self._patch.inputs)
+        return with_changed_inputs(model, modules, self._patch)
 
     def _cut_blocks(self, modules: dict[str, nn.Module], undo: Shadows) -> None:
         for container, keep in self._kept().items():
@@ -277,6 +273,26 @@ class Plan:
             module._modules.clear()
             for position, block in enumerate(keep):
                 module._modules[str(position)] = blocks[block]
+
+
+def with_changed_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], patch: Patch
+) -> nn.Module:
+    """The model with `Reshaped` modules where a patch changes inputs, innermost first."""
+    for path, change in sorted(patch.inputs.items(), key=lambda item: -item[0].count(".")):
+        if not path:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, Reshaped(modules[path], change))
+    return Reshaped(model, patch.inputs[""]) if "" in patch.inputs else model
+
+
+def _changed(forward: Callable[..., Any], change: InputTransform) -> Callable[..., Any]:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = change(args, kwargs)
+        return forward(*args, **kwargs)
+
+    return changed
 
 
 _ABSENT = object()

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import Axis, Patch, Reshaped, added, merge, without_added
+from supple.axes.base import Axis, Patch, added, merge, without_added
 from supple.errors import CheckpointError, SettingError
 from supple.graph.blocks import Stack
 from supple.models import base as models
-from supple.plan import per_layer_lists, positional_attributes
+from supple.plan import per_layer_lists, positional_attributes, with_changed_inputs
 from supple.space import Config, Site
 from supple.technique import Technique, make, settings
 
@@ -322,7 +322,7 @@ def _special(net: Elastic, config: Config, *, inputs: bool) -> list[dict[str, Js
     for name, choice in config.items():
         axis, site = net._axis_of[name], net.space.site(name)
         patch = axis.patch_of(site, choice)
-        concerned = patch.inputs is not None if inputs else bool(patch.modules)
+        concerned = bool(patch.inputs) if inputs else bool(patch.modules)
         if concerned:
             place = {"name": name, "choices": list(site.choices), "full": site.full}
             found.append({**_axis_record(axis), "site": place, "choice": choice})
@@ -487,7 +487,7 @@ def _extract(
         parent, _, name = path.rpartition(".")
         own = modules[module] if isinstance(module, str) else structure_of(module)
         setattr(modules[parent], name, own)
-    return model if patch.inputs is None else Reshaped(model, patch.inputs)
+    return with_changed_inputs(model, modules, patch)
 
 
 def _shorten(

@@ -124,12 +124,11 @@ def test_transforms_of_a_tensor_follow_its_slice_in_order() -> None:
 
 def test_a_later_patch_wins_and_input_transforms_chain() -> None:
     key = AttributeKey("", ("n",))
-    first = Patch(attributes={key: 1}, inputs=lambda a, k: ((a[0] + 1,), k))
-    second = Patch(attributes={key: 2}, inputs=lambda a, k: ((a[0] * 10,), k))
+    first = Patch(attributes={key: 1}, inputs={"": lambda a, k: ((a[0] + 1,), k)})
+    second = Patch(attributes={key: 2}, inputs={"": lambda a, k: ((a[0] * 10,), k)})
     both = merge([first, second])
     assert both.attributes == {key: 2}
-    assert both.inputs is not None
-    assert both.inputs((1,), {}) == ((20,), {})
+    assert both.inputs[""]((1,), {}) == ((20,), {})
     assert both.structural
     assert not Patch(attributes={key: 1}).structural
 

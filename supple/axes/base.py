@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+InputTransform = Callable[[tuple[Any, ...], dict[str, Any]], Inputs]
 Transform = Callable[..., Tensor]
 _ADDED = "supple_"
 
@@ -102,9 +103,12 @@ class Patch:
         modules: For a module path, the module that stands in its place, or the path of one of
             the network's own that does.
         dropped: Paths of blocks that are left out of their containers.
-        inputs: A transform of the network's inputs, `(args, kwargs) -> (args, kwargs)`.
+        inputs: For a module path (the empty one is the network), a transform of its inputs,
+            `(args, kwargs) -> (args, kwargs)`.
         resized: Size of every dimension atom that a transform of `tensors` shrinks by itself:
             costs count it, nothing is sliced to it.
+        downstream: Whether sizes that nothing here names change, too (numbers of tokens or
+            pixels); with `inputs` they always may.
     """
 
     sizes: Mapping[Atom, int] = field(default_factory=dict)
@@ -112,13 +116,19 @@ class Patch:
     attributes: Mapping[AttributeKey, int] = field(default_factory=dict)
     modules: Mapping[str, nn.Module | str] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
-    inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None
+    inputs: Mapping[str, InputTransform] = field(default_factory=dict)
     resized: Mapping[Atom, int] = field(default_factory=dict)
+    downstream: bool = False
 
     @property
     def structural(self) -> bool:
         """Whether it changes which operators run, not only their sizes."""
-        return bool(self.modules) or self.inputs is not None
+        return bool(self.modules) or self.reaches_on
+
+    @property
+    def reaches_on(self) -> bool:
+        """Whether it may change any size behind it."""
+        return bool(self.inputs) or self.downstream
 
     def runs(self, path: str) -> bool:
         """Whether the module at a path still has a place in the network."""
@@ -142,7 +152,8 @@ def merge(patches: Iterable[Patch]) -> Patch:
     attributes: dict[AttributeKey, int] = {}
     modules: dict[str, nn.Module | str] = {}
     dropped: set[str] = set()
-    inputs = None
+    inputs: dict[str, InputTransform] = {}
+    downstream = False
     for patch in patches:
         sizes.update(patch.sizes)
         resized.update(patch.resized)
@@ -151,9 +162,12 @@ def merge(patches: Iterable[Patch]) -> Patch:
         dropped.update(patch.dropped)
         for name, transform in patch.tensors.items():
             tensors[name] = _then(tensors.get(name), transform)
-        if patch.inputs is not None:
-            inputs = patch.inputs if inputs is None else _both(inputs, patch.inputs)
-    return Patch(sizes, tensors, attributes, modules, frozenset(dropped), inputs, resized)
+        for path, change in patch.inputs.items():
+            inputs[path] = _both(inputs[path], change) if path in inputs else change
+        downstream = downstream or patch.downstream
+    return Patch(
+        sizes, tensors, attributes, modules, frozenset(dropped), inputs, resized, downstream
+    )
 
 
 def _then(first: Transform | None, second: Transform) -> Transform:
@@ -172,17 +186,17 @@ def parameters_of(transform: Transform) -> tuple[str, ...]:
     return transform.parameters if isinstance(transform, Learned) else ()
 
 
-def _both(first: Callable[..., Inputs], second: Callable[..., Inputs]) -> Callable[..., Inputs]:
+def _both(first: InputTransform, second: InputTransform) -> InputTransform:
     return lambda args, kwargs: second(*first(args, kwargs))
 
 
 class Reshaped(nn.Module):
-    """A network whose inputs are changed first (scaled, say) as the size it stands for asks."""
+    """A module whose inputs are changed first (scaled, say) as the size it stands for asks."""
 
     def __init__(
         self,
         network: nn.Module,
-        inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs],
+        inputs: InputTransform,
     ) -> None:
         super().__init__()
         self.network = network
@@ -271,7 +285,8 @@ class GroupAxis(Axis):
 
     def paths(self, site: Site) -> tuple[str, ...]:
         assert isinstance(site, GroupSite)
-        return tuple(dict.fromkeys(n.rpartition(".")[0] for n, _ in site.coupled.members))
+        owners = (name.rpartition(".")[0] for name, _ in site.coupled.members)
+        return tuple(dict.fromkeys((*owners, *site.coupled.modules)))
 
 
 def group_sites(
@@ -284,6 +299,7 @@ def group_sites(
     sites: list[Site] = []
     for group in groups:
         offered = choices_of(group.full, group.unit, choices, divisor)
+        offered = tuple(choice for choice in offered if choice >= group.least)
         if len(offered) > 1:
             sites.append(GroupSite(group.name, axis, offered, group.full, group=group))
     return sites

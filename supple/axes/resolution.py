@@ -77,4 +77,6 @@ class Resolution(Axis):
         return [ResolutionSite("resolution", self.name, offered, full)] if offered[1:] else []
 
     def patch(self, site: Site, choice: int) -> Patch:
-        return Patch() if choice == site.full else Patch(inputs=_Resize(site.full, choice))
+        return (
+            Patch() if choice == site.full else Patch(inputs={"": _Resize(site.full, choice)})
+        )

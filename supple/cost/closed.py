@@ -170,7 +170,7 @@ def _runs(net: Elastic) -> Iterable[_Run]:
 def _kind(net: Elastic, site: Site) -> str:
     for choice in site.choices:
         patch = net.patch_of(site.name, choice)
-        if patch.inputs is not None:
+        if patch.reaches_on:
             return "inputs"
         if patch.modules:
             return "modules"

@@ -266,6 +266,15 @@ def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under every name, tied ones included."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        standing = vars(module)  # where a size is active: what the module sees of its tensors
+        tensors.update(
+            {
+                _joined(path, name): standing[name]
+                for name in _stored(module)
+                if isinstance(standing.get(name), Tensor)
+            }
+        )
     return tensors
 
 

@@ -163,10 +163,14 @@ class _Verifier:
 
     def _active_extracted(self, config: Config) -> Iterator[float]:
         extracted = self._twin.plan(config).extracted(None)
-        for inputs in self._inputs:
+        resized = "" in self._twin.patch(config).inputs  # dense outputs follow the image
+        for inputs, full in zip(self._inputs, self._full, strict=True):
+            whole = [output.shape for output in self._of(full)]
             with self._twin.at(config):
                 active = self._run(self._twin.module, inputs)
             yield _difference(active, self._run(extracted, inputs))
+            if not resized and [t.shape for t in self._of(active)] != whole:
+                raise ValueError("the output has another shape than the full network's")
 
     def _maskable(self, config: Config) -> Config:
         """The part of a size for which zeroing units is the same as removing them."""
