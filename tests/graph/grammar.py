@@ -638,7 +638,7 @@ def _(s: Shape, n: int) -> Made:
 
 @word("sequence", "linear attention")
 def _(s: Shape, n: int) -> Made:
-    return Residual(LinearAttention(s.width, n)), s
+    return Residual(nn.Sequential(nn.LayerNorm(s.width), LinearAttention(s.width, n))), s
 
 
 @word("sequence", "learned queries")
