@@ -13,7 +13,8 @@ Each class doubles as the built-in that a reader would expect:
     ├── BudgetError            ValueError           no network meets the budget
     ├── OperatorError          NotImplementedError  an operator has no rule
     ├── VerificationError      RuntimeError         a sub-network differs from its promise
-    └── ConcurrencyError       RuntimeError         two sizes of one network at once
+    ├── ConcurrencyError       RuntimeError         two sizes of one network at once
+    └── RankError              RuntimeError         processes that train together came apart
 
 A message says what was wrong, what was got, and what would do.
 """
@@ -72,6 +73,10 @@ class VerificationError(SuppleError, RuntimeError):
 
 class ConcurrencyError(SuppleError, RuntimeError):
     """One network was asked to have two sizes at once."""
+
+
+class RankError(SuppleError, RuntimeError):
+    """Another process that trains along failed, is gone, or does something else."""
 
 
 class SuppleWarning(UserWarning):

@@ -1,32 +1,30 @@
-"""The training loop: data in, steps, validation, checkpoints, history out."""
+"""`train`: from a network, data and a loss to a run of steps over many sizes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from supple.errors import SettingError, nearest
+from supple.sharded import reshard
 from supple.technique import Rule, settings
 from supple.training import checkpoint as checkpoints
 from supple.training import processes
-from supple.training.batches import Forward, Loss, batches_of, moved
+from supple.training.batches import Forward, Loss
 from supple.training.history import Display, History
 from supple.training.losses import Labels
 from supple.training.schedule import Schedule, schedule_of
-from supple.training.seeds import derive, generator, kept, random_state, set_random_state
+from supple.training.seeds import derive, generator, kept
+from supple.training.session import Run, Session, modes_kept, shared_out
 from supple.training.step import Network, SizesRun, StepOptions, WholeOnly, module_of
 
-__all__ = ["Run", "make_optimizer", "train"]
+__all__ = ["make_optimizer", "train"]
 
 OptimizerName = Literal["adamw", "adam", "sgd", "rmsprop"]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -38,25 +36,6 @@ _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 _DEFAULT_LR = 1e-3
 _DEFAULT_DECAY = 0.01
-
-
-class Run(Protocol):
-    """What the loop needs of training in progress."""
-
-    passes: int
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last step."""
-
-    def step(self, batch: Any) -> Mapping[str, float]:
-        """Trains on one batch and gives the losses by role."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Gives everything needed to go on later."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
 
 
 def train(
@@ -150,12 +129,9 @@ def train(
     """
     _check_counts(epochs=epochs, steps=steps, log_every=log_every, every=checkpoint_every)
     module = module_of(net)
-    with kept(derive(seed, "network", processes.rank())), _training(module):
-        processes.broadcast(module)
-        length = _length(data, steps)
-        total = epochs * length if steps is None else steps
-        if schedule is None:
-            schedule = getattr(method, "schedule", lambda: None)()
+    with processes.failing_together(), _in_training(module, seed):
+        total = epochs * _length(data) if steps is None else steps
+        schedule = _suggested(method) if schedule is None else schedule
         options = StepOptions(
             clip=clip,
             precision=precision,
@@ -167,10 +143,9 @@ def train(
         made = make_optimizer(module, optimizer, lr=lr, weight_decay=weight_decay)
         if isinstance(method, Rule) and not _resumes(checkpoint):
             getattr(method, "prepare", lambda net: None)(net)
-        run = _start(net, made, method, loss, forward, generator(seed, "sizes"), options)
-        session = _Session(
+        session = Session(
             net=net,
-            run=run,
+            run=_start(net, made, method, loss, forward, generator(seed, "sizes"), options),
             optimizer=made,
             data=data,
             total=total,
@@ -180,33 +155,18 @@ def train(
             folder=checkpoint,
             every=checkpoint_every,
             log_every=log_every,
-            settings={
-                "world_size": processes.world_size(),
-                "threads": torch.get_num_threads(),
-                "device": next(module.parameters()).device.type,
+            settings=_surroundings(module)
+            | _settings_of(options, method)
+            | {
                 "optimizer": optimizer if isinstance(optimizer, str) else _named(made),
                 "lr": lr,
                 "weight_decay": weight_decay,
-                "method": None if method is None else [method.key, settings(method)],
                 "schedule": schedule if isinstance(schedule, str) else _named(schedule),
                 "warmup": warmup,
-                "steps": total,
                 "seed": seed,
-                "precision": precision,
-                "clip": clip,
-                "ema": ema,
-                "freeze_inactive": freeze_inactive,
             },
         )
-        session.resume()
-        with Display(
-            progress=progress and processes.rank() == 0,
-            log_dir=log_dir if processes.rank() == 0 else None,
-            steps=total,
-            start=session.done,
-        ) as display:
-            session.go(display)
-        session.finish()
+        _run(session, progress=progress, log_dir=log_dir)
     return session.history
 
 
@@ -261,139 +221,6 @@ def make_optimizer(
     return _OPTIMIZERS[optimizer]([group for group in groups if group["params"]], lr=lr)
 
 
-@dataclass
-class _Session:
-    """One call of `train`: where it is, and what belongs to it."""
-
-    net: Network | nn.Module
-    run: Run
-    optimizer: Optimizer
-    data: Any
-    total: int
-    seed: int
-    history: History
-    validate: Callable[[Any], Mapping[str, Any]] | None
-    folder: str | os.PathLike[str] | None
-    every: int | None
-    log_every: int
-    settings: dict[str, Any]
-    done: int = 0
-    epoch: int = 0
-    position: int = 0  # batches of the epoch that are done
-    seconds: float = 0.0
-
-    def resume(self) -> None:
-        """Goes on from the last checkpoint, if there is one."""
-        path = None if self.folder is None else checkpoints.latest(self.folder)
-        if path is None:
-            return
-        shared, own = checkpoints.load(path, module=module_of(self.net), settings=self.settings)
-        self.optimizer.load_state_dict(shared["optimizer"])
-        self.run.load_state_dict(shared["run"])
-        self.history = History.from_json(shared["history"])
-        self.done, self.epoch = shared["done"], shared["epoch"]
-        self.position, self.seconds = shared["position"], shared["seconds"]
-        set_random_state(own["random"])
-
-    def go(self, display: Display) -> None:
-        """Runs all epochs that are left."""
-        saved = self.done if self.done else None
-        began, before = time.perf_counter(), self.seconds
-        while self.done < self.total:
-            for batch in self._batches():
-                losses = self.run.step(batch)
-                self.done += 1
-                self.position += 1
-                self.seconds = before + time.perf_counter() - began
-                self._log(losses, display)
-                if self.done == self.total:
-                    break
-                if self.every is not None and self.done % self.every == 0:
-                    saved = self._save()
-            # A run may end in the middle of an epoch, which is validated all the same.
-            self._validate(display)
-            self.epoch, self.position = self.epoch + 1, 0
-            if self.every is None or self.done == self.total:
-                saved = self._save()
-        if saved != self.done:
-            self._save()
-
-    def finish(self) -> None:
-        """Leaves the network with what was trained."""
-        processes.average_buffers(module_of(self.net))
-        average = getattr(self.run, "average", None)
-        if average is not None:
-            average.copy_to_module()
-        if not isinstance(self.net, nn.Module):
-            self.net.drop_statistics()
-
-    def _batches(self) -> Iterator[Any]:
-        device = next(module_of(self.net).parameters()).device
-        each = processes.world_size() if _shared_out(self.data) else 1
-        batches = batches_of(
-            self.data, seed=self.seed, epoch=self.epoch, start=self.position * each
-        )
-        for batch in _share(batches, each):
-            yield moved(batch, device)
-        if not self.position:  # nothing of this epoch was done, here or before a resume
-            raise SettingError(
-                f"data gave no batch in epoch {self.epoch}; it must be an iterable that can be "
-                "read again in each epoch (a list, a DataLoader, a set of supple.data), not a "
-                "generator, and not empty"
-            )
-
-    def _log(self, losses: Mapping[str, float], display: Display) -> None:
-        display.step(self.done, losses)
-        if self.done % self.log_every and self.done != self.total:
-            return
-        row = {
-            "step": self.done - 1,
-            "epoch": self.epoch,
-            "lr": self.run.lr,
-            "losses": dict(losses),
-            "passes": self.run.passes,
-            "seconds": round(self.seconds, 3),
-        }
-        self.history.rows.append(row)
-        display.row(row)
-
-    def _validate(self, display: Display) -> None:
-        if self.validate is None:
-            return
-        processes.average_buffers(module_of(self.net))
-        average = getattr(self.run, "average", None)
-        averaged = contextlib.nullcontext() if average is None else average.applied()
-        with kept(), _modes_kept(module_of(self.net)), averaged:
-            metrics = {name: _plain(one) for name, one in self.validate(self.net).items()}
-        row = {"step": self.done, "epoch": self.epoch, "metrics": metrics}
-        self.history.validation.append(row)
-        display.metrics(row)
-        if not isinstance(self.net, nn.Module):
-            self.net.drop_statistics()
-
-    def _save(self) -> int:
-        if self.folder is None:
-            return self.done
-        processes.average_buffers(module_of(self.net))
-        checkpoints.save(
-            self.folder,
-            self.done,
-            module=module_of(self.net),
-            shared={
-                "optimizer": self.optimizer.state_dict(),
-                "run": self.run.state_dict(),
-                "history": self.history.to_json(),
-                "done": self.done,
-                "epoch": self.epoch,
-                "position": self.position,
-                "seconds": self.seconds,
-            },
-            own={"random": random_state()},
-            settings=self.settings,
-        )
-        return self.done
-
-
 def _start(
     net: Network | nn.Module,
     optimizer: Optimizer,
@@ -417,31 +244,47 @@ def _start(
     return cast(Run, run)
 
 
-def _share(batches: Iterable[Any], each: int) -> Iterator[Any]:
-    """Gives this rank's one of each so many batches; what is left over is left out by all."""
-    own = processes.rank() if each > 1 else 0
-    group: list[Any] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == each:
-            yield group[own]
-            group = []
+def _suggested(method: Rule | None) -> str | Schedule | None:
+    """Gives the schedule that a method suggests, if it does."""
+    suggests = getattr(method, "schedule", None)
+    return None if suggests is None else cast(Schedule, suggests())
 
 
-def _shared_out(data: Any) -> bool:
-    if isinstance(data, DataLoader):
-        return not isinstance(data.sampler, DistributedSampler)
-    return callable(getattr(data, "epoch", None))
+def _surroundings(module: nn.Module) -> dict[str, Any]:
+    """Gives what a run must have in common, beside its settings, to resume bitwise."""
+    return {
+        "world_size": processes.world_size(),
+        "threads": torch.get_num_threads(),
+        "device": next(module.parameters()).device.type,
+    }
 
 
-def _length(data: Any, steps: int | None) -> int:
-    """Gives the number of steps of an epoch, which only matters where `steps` is not given."""
-    if steps is not None:
-        return 0
+def _settings_of(options: StepOptions, method: Rule | None) -> dict[str, Any]:
+    names = ("steps", "precision", "clip", "ema", "freeze_inactive")
+    own = {name: getattr(options, name) for name in names}
+    return {"method": None if method is None else [method.key, settings(method)], **own}
+
+
+def _run(session: Session, *, progress: bool, log_dir: str | os.PathLike[str] | None) -> None:
+    """Goes through a session; only rank 0 shows and logs it."""
+    session.resume()
+    first = processes.rank() == 0
+    with Display(
+        progress=progress and first,
+        log_dir=log_dir if first else None,
+        steps=session.total,
+        start=session.done,
+    ) as display:
+        session.go(display)
+    session.finish()
+
+
+def _length(data: Any) -> int:
+    """Gives the number of steps of an epoch."""
     if isinstance(data, Sized):
         with contextlib.suppress(TypeError):  # a loader over a stream has no length
             length = len(data)
-            if _shared_out(data):
+            if shared_out(data):
                 length //= processes.world_size()
             if length:
                 return length
@@ -453,29 +296,17 @@ def _length(data: Any, steps: int | None) -> int:
 
 
 @contextlib.contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
-    with _modes_kept(module):
+def _in_training(module: nn.Module, seed: int) -> Iterator[None]:
+    """Trains inside, from rank 0's weights; modes and global randomness are put back."""
+    with kept(derive(seed, "network", processes.rank())), modes_kept(module):
         module.train()
+        reshard(module)
+        processes.broadcast(module)
         yield
-
-
-@contextlib.contextmanager
-def _modes_kept(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _resumes(folder: str | os.PathLike[str] | None) -> bool:
     return folder is not None and checkpoints.latest(folder) is not None
-
-
-def _plain(value: Any) -> Any:
-    """Makes a number of a metric that a tensor or NumPy holds."""
-    return value.item() if callable(getattr(value, "item", None)) else value
 
 
 def _named(value: Any) -> str | None:

@@ -13,6 +13,7 @@ A step is a combination of a few values, and a supernet method is a choice of th
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -101,6 +102,26 @@ class Sampler(ABC):
     Randomness comes from the generator that the sampler is made with, so that all ranks sample
     the same sizes. That generator's state is kept by the run, not here.
     """
+
+    def begin(self, run: SizesRun) -> None:  # noqa: B027 - most samplers have one phase
+        """Is called before each step: a new phase may change the network or the run here.
+
+        Args:
+            run: The run, which says where it is (`steps`, `options.steps`); `restart` and
+                `keep_teacher` are for this.
+        """
+
+    def rate(self, step: int, steps: int | None) -> float | None:
+        """Gives the learning rate of a step relative to the run's, on top of its schedule.
+
+        Args:
+            step: Counted from 0.
+            steps: How many there will be, None where that is open.
+
+        Returns:
+            The factor; None leaves the rate to the schedule, or to whoever else sets it.
+        """
+        return None
 
     @abstractmethod
     def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
@@ -222,6 +243,8 @@ class SizesRun:
         self._aggregate = aggregate
         self._generator = generator
         self._teachers = {role: teacher.eval() for role, teacher in (teachers or {}).items()}
+        self._kept: set[str] = set()
+        self._first_state = copy.deepcopy(optimizer.state_dict()["state"])
         self._owners = _trained(self._module, optimizer)
         self._reached: set[int] = set()
         self._base_lr = [float(group["lr"]) for group in optimizer.param_groups]
@@ -245,8 +268,9 @@ class SizesRun:
         Raises:
             SuppleError: A loss is not finite; the weights are as before the step.
             SettingError: A loss is no scalar that depends on the weights.
-            ConcurrencyError: The ranks have sampled different sizes.
+            RankError: Another rank has failed, is gone, or has sampled other sizes.
         """
+        self.sampler.begin(self)
         entries = list(self.sampler.sample(self.steps, self.options.steps))
         if not entries:
             raise SettingError(f"the sampler gave no pass for step {self.steps}")
@@ -262,9 +286,34 @@ class SizesRun:
         self.passes += len(ran)
         return _by_role(ran, values)
 
+    def restart(self) -> None:
+        """Forgets the optimizer's moments and the average, as if the run began here.
+
+        To be called where weights were reordered or replaced: moments of other weights would
+        be wrong. Methods that train in phases make a new optimizer for each.
+        """
+        self.optimizer.load_state_dict(
+            {**self.optimizer.state_dict(), "state": copy.deepcopy(self._first_state)}
+        )
+        if self.average is not None:
+            self.average = Average(self._module, self.average.decay)
+
+    def keep_teacher(self, role: str) -> None:
+        """Lets a frozen copy of the whole network, as it is now, teach from here on.
+
+        It is saved with the run.
+
+        Args:
+            role: Under which criteria find its output.
+        """
+        processes.average_buffers(self._module)
+        self._teachers[role] = _frozen_copy(self._module)
+        self._kept.add(role)
+
     def state_dict(self) -> dict[str, Any]:
         """Gives everything needed to go on later but the weights and the optimizer's state."""
         return {
+            "teachers": {role: _tensors_of(self._teachers[role]) for role in sorted(self._kept)},
             "steps": self.steps,
             "passes": self.passes,
             "reached": sorted(self._reached),
@@ -283,6 +332,12 @@ class SizesRun:
             self._generator.set_state(state["generator"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        for role, saved in state.get("teachers", {}).items():
+            self._teachers[role] = _frozen_copy(self._module)
+            with torch.no_grad():
+                for name, tensor in _tensors_of(self._teachers[role]).items():
+                    tensor.copy_(saved[name])
+            self._kept.add(role)
 
     # ------------------------------------------------------------------ passes
 
@@ -359,7 +414,8 @@ class SizesRun:
     def _finish_gradients(self, ran: Sequence[Pass], touched: Touched | None) -> None:
         if touched is not None and self._aggregate == "masked_mean":
             touched.divide()
-        processes.average_gradients(self._owners, _described(ran))
+        processes.agree(f"step {self.steps} of {_described(ran)}")
+        processes.average_gradients(self._owners)
         for index, owner in enumerate(self._owners):
             if owner.grad is not None:
                 self._reached.add(index)
@@ -385,9 +441,12 @@ class SizesRun:
 
     def _set_lr(self) -> None:
         schedule, steps = self.options.schedule, self.options.steps
-        if schedule is None or steps is None:
+        rate = self.sampler.rate(self.steps, steps)
+        if rate is None and schedule is None:
             return
-        factor = schedule(self.steps, steps)
+        factor = 1.0 if rate is None else rate
+        if schedule is not None and steps is not None:
+            factor *= schedule(self.steps, steps)
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)
@@ -416,6 +475,15 @@ def _trained(module: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
     return owners
 
 
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors}
+
+
 def _by_role(ran: Sequence[Pass], values: Sequence[float]) -> dict[str, float]:
     grouped: dict[str, list[float]] = defaultdict(list)
     for entry, value in zip(ran, values, strict=True):
@@ -423,8 +491,9 @@ def _by_role(ran: Sequence[Pass], values: Sequence[float]) -> dict[str, float]:
     return {role: sum(each) / len(each) for role, each in grouped.items()}
 
 
-def _described(ran: Sequence[Pass]) -> list[str]:
-    return ["" if entry.config is None else entry.config.to_json() for entry in ran]
+def _described(ran: Sequence[Pass]) -> str:
+    sizes = ["all" if entry.config is None else entry.config.to_json() for entry in ran]
+    return f"sizes {', '.join(sizes)}"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from supple.errors import ConcurrencyError
+from supple.errors import RankError
 from supple.supernet.bignas import BigNAS
 from supple.training import checkpoint, processes
 from supple.training.loop import train
@@ -56,7 +56,7 @@ def worker(rank: int, port: int, folder: str, paths: list[str]) -> None:
     # Experts that only one rank used have a gradient on both, unused ones on none.
     module = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(3)])
     module[rank].weight.grad = torch.full((1, 1), 4.0 + rank)
-    processes.average_gradients(list(module.parameters()), ["same"])
+    processes.average_gradients(list(module.parameters()))
     grads = [p.grad for p in module.parameters()]
     assert grads[2] is None
     results["grads"] = torch.cat(grads[:2])
@@ -68,9 +68,9 @@ def worker(rank: int, port: int, folder: str, paths: list[str]) -> None:
     results["buffers"] = torch.cat([norm.running_mean, norm.other])
 
     try:
-        processes.average_gradients(list(module.parameters()), [f"size {rank}"])
-    except ConcurrencyError as error:
-        results["refused"] = torch.tensor(float("different sizes" in str(error)))
+        processes.agree(f"sizes {rank}")
+    except RankError as error:
+        results["refused"] = torch.tensor(float("rank 1 at sizes 1" in str(error)))
     save_file(results, f"{folder}/rank-{rank}.safetensors")
     dist.destroy_process_group()
 
