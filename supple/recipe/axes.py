@@ -60,4 +60,5 @@ def axis_of(name: str, settings: Mapping[str, Any] | None) -> Any:
             f"{', '.join(axis_names())}"
         )
     module = importlib.import_module(f"supple.axes.{name}")
-    return make(getattr(module, name.title()), settings, name=f"axis {name!r}")
+    camel = "".join(part.title() for part in name.split("_"))
+    return make(getattr(module, camel), settings, name=f"axis {name!r}")
