@@ -64,6 +64,12 @@ _CONTRACTS = frozenset(
 )
 
 
+_JOINS = frozenset(("aten::cat", "aten::stack"))
+_JOINED = "its output is joined with those of other blocks"
+_SHARED = "what it computes beside its output is used later"
+_RESIDUAL = (_JOINED, _SHARED)  # reasons worth telling even where no block can be left out
+
+
 @dataclass(frozen=True)
 class Stack:
     """A run of residual blocks in one container.
@@ -93,8 +99,10 @@ def find_stacks(
     for call in recording.modules:
         calls[call.path].append(call)
     used_after = _last_use(recording)
+    joined = [{r.id for r in c.inputs} for c in recording.calls if c.name in _JOINS]
     stacks: list[Stack] = []
     fixed: dict[str, str] = {}
+    told: set[str] = set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
@@ -102,14 +110,18 @@ def find_stacks(
         names = [f"{prefix}{i}" for i in range(len(module))]
         reasons = [_obstacle(calls[name], recording, p, used_after) for name in names]
         _note_odd_ones(module, names, reasons)
+        _note_joined([calls[name] for name in names], joined, reasons)
         for run in _runs(reasons):
             least = 1 if len(run) == len(module) else 0
             if len(run) > least:
                 stacks.append(Stack(path, len(module), tuple(run), least))
         if any(reason == "" for reason in reasons):
             fixed.update({n: r for n, r in zip(names, reasons, strict=True) if r})
+        elif any(reason in _RESIDUAL for reason in reasons):
+            told.add(path)
+            fixed.update({n: r for n, r in zip(names, reasons, strict=True) if r in _RESIDUAL})
     chosen = _not_nested(model, stacks)
-    containers = {stack.container for stack in chosen}
+    containers = told | {stack.container for stack in chosen}
     return chosen, {n: r for n, r in fixed.items() if n.rpartition(".")[0] in containers}
 
 
@@ -169,6 +181,18 @@ def _note_odd_ones(module: nn.Module, names: list[str], reasons: list[str]) -> N
             reasons[position] = f"only this block owns {extra[0]}"
 
 
+def _note_joined(
+    calls: list[list[ModuleCall]], joined: list[set[int]], reasons: list[str]
+) -> None:
+    """Blocks whose outputs are put side by side: what reads them counts on every one."""
+    made = {c[0].outputs[0].id: i for i, c in enumerate(calls) if reasons[i] == ""}
+    for numbers in joined:
+        together = [made[number] for number in numbers if number in made]
+        if len(together) > 1:
+            for position in together:
+                reasons[position] = _JOINED
+
+
 def _last_use(recording: Recording) -> dict[int, int]:
     last: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
@@ -201,7 +225,7 @@ def _obstacle(
         return "its input does not reach its output on a residual path"
     made = {ref.id for c in inside for ref in c.outputs} - {out.id}
     if any(last.get(number, -1) >= call.last for number in made):
-        return "what it computes beside its output is used later"
+        return _SHARED
     return ""
 
 

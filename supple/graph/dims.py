@@ -240,14 +240,19 @@ def _outer(dim: Dim, inner: Dim) -> Dim:
         outer = Atom(dim.size // inner.size, dim.pinned)
         _bind(dim, product((outer, inner)))
         return outer
-    pieces = parts_of(dim)
-    if any(part.size % inner.size for part in pieces):
+    outers, block = list[Dim](), list[Dim]()
+    for part in parts_of(dim):
+        block.append(part)
+        times, rest = divmod(sum(piece.size for piece in block), inner.size)
+        if rest:
+            continue
+        if times > 1 and len(block) > 1:
+            raise ConflictError
+        outers.append(Atom(times) if times > 1 else ONE)
+        _unify(concatenation(block), product((outers[-1], inner)))
+        block = []
+    if block:
         raise ConflictError
-    outers = [
-        Atom(part.size // inner.size) if part.size > inner.size else ONE for part in pieces
-    ]
-    for part, outer_part in zip(pieces, outers, strict=True):
-        _unify(part, product((outer_part, inner)))
     return concatenation(outers)
 
 

@@ -478,6 +478,31 @@ def channel_shuffle(p: Propagation, call: Call) -> list[Dims]:
     return [dims]
 
 
+_FACTOR = "the factor by which pixels and channels are exchanged"
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(p: Propagation, call: Call) -> list[Dims]:
+    *lead, channels, height, width = p.of(call.inputs[0])
+    square = fixed(argument(call, "upscale_factor") ** 2, _FACTOR)
+    left = fresh(channels.size // square.size)
+    unify(channels, product((left, square)), "a pixel shuffle")
+    return [[*lead, left, *_resized(call, height, width)]]
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(p: Propagation, call: Call) -> list[Dims]:
+    *lead, channels, height, width = p.of(call.inputs[0])
+    square = fixed(argument(call, "downscale_factor") ** 2, _FACTOR)
+    return [[*lead, product((channels, square)), *_resized(call, height, width)]]
+
+
+def _resized(call: Call, *places: Dim) -> Dims:
+    for place in places:
+        pin(place, "a spatial size")
+    return [fixed(n, "a spatial size") for n in call.outputs[0].shape[-len(places) :]]
+
+
 @rule("repeat", "tile")
 def repeat(p: Propagation, call: Call) -> list[Dims]:
     shape, counts = call.outputs[0].shape, list(call.args[1])
@@ -646,13 +671,24 @@ def convolution(p: Propagation, call: Call) -> list[Dims]:
     batch, channel, space = x[: len(x) - len(weight) + 1], x[-len(weight) + 1], weight[2:]
     for kernel in space:
         pin(kernel, "the kernel size of a convolution")
-    for size in x[len(x) - len(space) :]:
-        pin(size, "a spatial size")
     out = _grouped_channels(p, call, channel, weight, groups, transposed)
     if argument(call, "bias") is not None:
         unify(out, p.of(argument(call, "bias"))[0], "a bias")
-    spatial = call.outputs[0].shape[-len(space) :]
-    return [[*batch, out, *(fixed(n, "a spatial size") for n in spatial)]]
+    return [[*batch, out, *_convolved_places(call, x[len(x) - len(space) :], space)]]
+
+
+def _convolved_places(call: Call, places: Dims, kernels: Dims) -> Dims:
+    """Spatial dimensions after a convolution: where the kernel sees one place, as before."""
+    result: Dims = []
+    sizes = call.outputs[0].shape[-len(kernels) :]
+    steps, edges = as_list(argument(call, "stride")), as_list(argument(call, "padding"))
+    for i, (place, kernel, size) in enumerate(zip(places, kernels, sizes, strict=True)):
+        alone = kernel.size == steps[i % len(steps)] == 1 and edges[i % len(edges)] == 0
+        if not alone or place.size != size:
+            pin(place, "a spatial size")
+            place = fixed(size, "a spatial size")
+        result.append(place)
+    return result
 
 
 def _grouped_channels(
@@ -761,6 +797,15 @@ def group_norm(p: Propagation, call: Call) -> list[Dims]:
     p.reduced.extend([inner, *x[2:]])
     rest = [[x[0], group] for _ in call.outputs[1:]]
     return [list(x), *rest]
+
+
+@rule("_weight_norm_interface")
+def weight_norm(p: Propagation, call: Call) -> list[Dims]:
+    weight, gain = p.of(call.inputs[0]), p.of(call.inputs[1])
+    axis = argument(call, "dim", 0)
+    unify(weight[axis], gain[axis], "a weight norm")
+    p.reduced.append(weight[axis])  # a unit of zeros has no norm that it could be divided by
+    return [list(weight), [weight[axis] if n > 1 else ONE for n in call.outputs[1].shape]]
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")

@@ -476,9 +476,6 @@ def test_unify_twice_unbinds_nothing(
     assert all(now or not before for now, before in zip(pinned(a), fixed, strict=True))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a refined structure (sums of ones) does not unify with itself again"
-)
 def test_unify_twice_changes_nothing() -> None:
     """(2 + 2) x 2 is 2 x (2 + 2): the second time it must not be a conflict."""
     inner = Atom(2)

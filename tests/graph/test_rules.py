@@ -279,6 +279,11 @@ SAMPLES: list[Sample] = [
     op(aten.triu_.default, t(3, 5)),
     op(aten.channel_shuffle.default, t(2, 6, 5, 7), 2),
     op(aten.rot90.default, t(3, 5, 2)),
+    op(aten.pixel_shuffle.default, t(2, 12, 5, 7), 2),
+    op(aten.pixel_shuffle.default, t(12, 5, 7), 2),
+    op(aten.pixel_unshuffle.default, t(2, 3, 4, 6), 2),
+    op(aten._weight_norm_interface.default, t(5, 3, 2), t(5, 1, 1)),
+    op(aten._weight_norm_interface.default, t(3, 2, 5), t(1, 1, 5), 2),
     op(
         aten.mkldnn_rnn_layer.default,
         *(t(6, 2, 5), t(28, 5), t(28, 7), t(28), t(28), t(2, 7), t(2, 7)),
@@ -758,6 +763,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         IMAGE,
         "",
     ),
+    "weight norm": (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3)),
+            nn.Tanh(),
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 3, 3)),
+        ),
+        IMAGE,
+        "",
+    ),
+    "a convolution of one place": (
+        lambda: Function(
+            lambda s, x: s.b(s.e(s.a(x))), **linears(a=(5, 16), b=(16, 3)), e=nn.Conv1d(6, 6, 1)
+        ),
+        (4, 6, 5),
+        "",
+    ),
     "pixel unshuffle": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.PixelUnshuffle(2), nn.Conv2d(32, 3, 1)
@@ -931,6 +952,8 @@ def test_what_is_offered_works(name: str) -> None:
 
 def test_the_models_that_have_no_known_defect_offer_something() -> None:
     offered = {"einsum", "complex rotary", "in-place halves", "maxout", "patch mixing"}
+    offered |= {"pixel shuffle", "pixel unshuffle", "gated recurrent unit", "weight norm"}
+    offered |= {"a convolution of one place", "a transpose in place"}
     for name in offered:
         build, shape, reason = MODELS[name]
         assert not reason

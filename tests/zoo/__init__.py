@@ -9,7 +9,18 @@ Widths are distinct numbers on purpose: a dimension that is confused with anothe
 shows as a wrong size rather than as a wrong value.
 """
 
-from tests.zoo import convolution, decoders, encoders, pairs, recurrent, sequences, vision
+from tests.zoo import (
+    convolution,
+    decoders,
+    detection,
+    diffusion,
+    encoders,
+    mixers,
+    pairs,
+    recurrent,
+    sequences,
+    vision,
+)
 from tests.zoo.base import EXPECTED, ZOO, Entry, Expected
 
 __all__ = [
@@ -19,7 +30,10 @@ __all__ = [
     "Expected",
     "convolution",
     "decoders",
+    "detection",
+    "diffusion",
     "encoders",
+    "mixers",
     "pairs",
     "recurrent",
     "sequences",

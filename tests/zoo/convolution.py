@@ -258,3 +258,380 @@ def conv_transposed_decoder() -> Entry:
         nn.Tanh(),
     )
     return model, (torch.randn(BATCH, 13),), {}
+
+
+class DilatedPyramid(nn.Module):
+    """DeepLab's pyramid: the same features at several dilations and over the whole image."""
+
+    def __init__(self, channels: int, branch: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, branch, 3, padding=rate, dilation=rate, bias=False),
+                nn.BatchNorm2d(branch),
+                nn.ReLU(),
+            )
+            for rate in (1, 2, 3)
+        )
+        self.pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, 12, 1, bias=False), nn.ReLU()
+        )
+        self.project = nn.Conv2d(3 * branch + 12, 26, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = F.interpolate(self.pool(x), size=x.shape[-2:], mode="bilinear")
+        return self.project(torch.cat([*(branch(x) for branch in self.branches), whole], 1))
+
+
+class DeepLab(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        self.high = nn.Sequential(
+            nn.Conv2d(16, 30, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(30), nn.ReLU()
+        )
+        self.pyramid = DilatedPyramid(30, 18)
+        self.reduce = nn.Conv2d(16, 10, 1, bias=False)
+        self.head = nn.Sequential(
+            nn.Conv2d(26 + 10, 22, 3, padding=1), nn.ReLU(), nn.Conv2d(22, CLASSES, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.low(x)
+        deep = self.pyramid(self.high(low))
+        deep = F.interpolate(deep, size=low.shape[-2:], mode="bilinear", align_corners=False)
+        out = self.head(torch.cat([deep, self.reduce(low)], 1))
+        return F.interpolate(out, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+@family()
+def deeplab() -> Entry:
+    return DeepLab(), (image(16),), {}
+
+
+class ConvMixerBlock(nn.Module):
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel, groups=channels, padding="same")
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm1(F.gelu(self.depthwise(x)))
+        return self.norm2(F.gelu(self.pointwise(x)))
+
+
+@family()
+def conv_mixer() -> Entry:
+    model = nn.Sequential(
+        nn.Conv2d(3, 28, 4, stride=4),
+        nn.GELU(),
+        nn.BatchNorm2d(28),
+        *(ConvMixerBlock(28, 3) for _ in range(3)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(28, CLASSES),
+    )
+    return model, (image(16),), {}
+
+
+class LayerNorm2d(nn.Module):
+    """Normalizes over channels, written with mean and variance (as in ConvNeXt and SAM)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        scale = torch.sqrt(centred.pow(2).mean(1, keepdim=True) + 1e-6)
+        return self.weight[:, None, None] * (centred / scale) + self.bias[:, None, None]
+
+
+class PermutedLayerNorm(nn.LayerNorm):
+    """The same by moving the channels to the end and back (as in torchvision)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.up = nn.Linear(channels, inner)
+        self.down = nn.Linear(inner, channels)
+        self.scale = nn.Parameter(torch.full((channels,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.scale * self.down(F.gelu(self.up(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+@family()
+def convnext_by_hand() -> Entry:
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 4, stride=4),
+        LayerNorm2d(20),
+        ConvNeXtBlock(20, 52),
+        ConvNeXtBlock(20, 52),
+        PermutedLayerNorm(20),
+        nn.Conv2d(20, 34, 2, stride=2),
+        ConvNeXtBlock(34, 74),
+        ConvNeXtBlock(34, 74),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LayerNorm(34),
+        nn.Linear(34, CLASSES),
+    )
+    return model, (image(16),), {}
+
+
+class ResidualConv(nn.Module):
+    """EDSR's block: no normalization, a constant scale."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1)
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * self.conv2(F.relu(self.conv1(x)))
+
+
+class SuperResolution(nn.Module):
+    """Residual blocks between two convolutions, then channels that become pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 22, 3, padding=1)
+        self.body = nn.ModuleList(ResidualConv(22, 26) for _ in range(3))
+        self.last = nn.Conv2d(22, 22, 3, padding=1)
+        self.up1 = nn.Conv2d(22, 18 * 4, 3, padding=1)
+        self.up2 = nn.Conv2d(18, 3 * 4, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.first(x)
+        for block in self.body:
+            x = block(x)
+        x = first + self.last(x)
+        x = F.leaky_relu(self.shuffle(self.up1(x)), 0.1)
+        return self.shuffle(self.up2(x))
+
+
+@family()
+def super_resolution() -> Entry:
+    return SuperResolution(), (image(8),), {}
+
+
+class Focus(nn.Module):
+    """Pixels become channels, by hand: four strided slices side by side."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4 * inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        corners = [x[..., i::2, j::2] for j in range(2) for i in range(2)]
+        return self.conv(torch.cat(corners, 1))
+
+
+@family()
+def space_to_depth() -> Entry:
+    model = nn.Sequential(
+        Focus(3, 14),
+        nn.PReLU(14),
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(56, 30, 1),
+        nn.InstanceNorm2d(30, affine=True),
+        nn.PReLU(),
+        nn.Conv2d(30, 26, 3, padding=1),
+        nn.SELU(),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(26, CLASSES),
+    )
+    return model, (image(16),), {}
+
+
+class Stage3d(nn.Module):
+    """X3D-like: a depthwise kernel over time and space, squeeze-excitation, swish."""
+
+    def __init__(self, channels: int, inner: int, squeezed: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv3d(channels, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm3d(inner)
+        self.depthwise = nn.Conv3d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self.norm2 = nn.BatchNorm3d(inner)
+        self.down = nn.Conv3d(inner, squeezed, 1)
+        self.up = nn.Conv3d(squeezed, inner, 1)
+        self.project = nn.Conv3d(inner, channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.expand(x)))
+        y = self.norm2(self.depthwise(y))
+        gate = torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool3d(y, 1)))))
+        return F.relu(x + self.norm3(self.project(F.silu(y * gate))))
+
+
+@family()
+def x3d() -> Entry:
+    model = nn.Sequential(
+        nn.Conv3d(3, 18, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), bias=False),
+        nn.Conv3d(18, 18, (3, 1, 1), padding=(1, 0, 0), groups=18, bias=False),
+        nn.BatchNorm3d(18),
+        nn.ReLU(),
+        nn.Sequential(*(Stage3d(18, 30, 8) for _ in range(2))),
+        nn.Conv3d(18, 26, 3, stride=2, padding=1),
+        nn.Sequential(*(Stage3d(26, 34, 10) for _ in range(2))),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(26, CLASSES),
+    )
+    return model, (torch.randn(BATCH, 3, 4, 8, 8),), {}
+
+
+class FactorizedBlock(nn.Module):
+    """R(2+1)D: space first, then time, with a projected shortcut where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, middle: int, stride: int = 1) -> None:
+        super().__init__()
+        self.space = nn.Conv3d(
+            inputs, middle, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False
+        )
+        self.norm1 = nn.BatchNorm3d(middle)
+        self.time = nn.Conv3d(middle, outputs, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False)
+        self.norm2 = nn.BatchNorm3d(outputs)
+        self.shortcut = nn.Conv3d(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.space(x)))
+        return F.relu(self.shortcut(x) + self.norm2(self.time(y)))
+
+
+@family()
+def r2plus1d() -> Entry:
+    model = nn.Sequential(
+        nn.Conv3d(3, 14, 3, padding=1),
+        nn.MaxPool3d((1, 2, 2)),
+        FactorizedBlock(14, 14, 22),
+        FactorizedBlock(14, 28, 34, stride=2),
+        FactorizedBlock(28, 28, 38),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(28, CLASSES),
+    )
+    return model, (torch.randn(BATCH, 3, 4, 8, 8),), {}
+
+
+class VariationalAutoencoder(nn.Module):
+    """The latent is read as its mean, so that a run says the same twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 14, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(14, 26, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        self.moments = nn.Linear(26 * 4 * 4, 2 * 10)
+        self.expand = nn.Linear(10, 22 * 4 * 4)
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(22, 18, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(18, 1, 4, stride=2, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.moments(self.encoder(x)).chunk(2, dim=1)
+        z = mean if not self.training else mean + torch.randn_like(mean) * log_variance.exp()
+        z = F.relu(self.expand(z))
+        divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(1)
+        return self.decoder(z.view(z.shape[0], -1, 4, 4)), divergence
+
+
+@family()
+def vae() -> Entry:
+    return VariationalAutoencoder(), (image(16, 1),), {}
+
+
+class Siamese(nn.Module):
+    """One encoder for two images; what it says of both is compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 14, 3, stride=2, padding=1),
+            nn.BatchNorm2d(14),
+            nn.ReLU(),
+            nn.Conv2d(14, 26, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(26, 18),
+        )
+        self.head = nn.Linear(2 * 18, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        a, b = self.encoder(left), self.encoder(right)
+        return self.head(torch.cat([(a - b).abs(), a * b], 1))
+
+
+@family()
+def siamese() -> Entry:
+    return Siamese(), (image(8), image(8)), {}
+
+
+class SeveralInputs(nn.Module):
+    """An image, a table row and a category come in by name; two answers go out by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(
+            nn.Conv2d(3, 14, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(14, 22, 3)
+        )
+        self.row = nn.Sequential(nn.Linear(9, 30), nn.ReLU(), nn.Linear(30, 22))
+        self.category = nn.Embedding(12, 10)
+        self.join = nn.Linear(22 + 10, 34)
+        self.label = nn.Linear(34, CLASSES)
+        self.value = nn.Linear(34, 1)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen = self.image(batch["image"]).mean((2, 3)) + self.row(batch["row"])
+        joined = torch.cat([seen, self.category(batch["category"])], 1)
+        features = F.elu(self.join(joined))
+        return {"label": self.label(features), "value": self.value(features).squeeze(1)}
+
+
+@family()
+def several_inputs() -> Entry:
+    category = torch.randint(0, 12, (BATCH,))
+    batch = {"image": image(8), "row": torch.randn(BATCH, 9), "category": category}
+    return SeveralInputs(), (batch,), {}
+
+
+@family()
+def weight_normed() -> Entry:
+    normed = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(
+        normed(nn.Conv2d(3, 18, 3, padding=1)),
+        nn.ReLU(),
+        normed(nn.Conv2d(18, 26, 3, padding=1)),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(26, CLASSES),
+    )
+    return model, (image(8),), {}
