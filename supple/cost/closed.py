@@ -31,7 +31,7 @@ from supple.space import Site
 if TYPE_CHECKING:
     from supple.network import Elastic
 
-__all__ = ["COSTS", "ClosedCosts"]
+__all__ = ["COSTS", "ClosedCosts", "Run", "Term", "runs"]
 
 COSTS = ("params", "macs", "weight_bytes", "activation_bytes")
 _LARGEST_TABLE = 4096
@@ -56,7 +56,7 @@ class ClosedCosts:
         self._counts = [len(site.choices) for site in net.space.sites]
         self._sums: dict[str, Tables] = {name: {} for name in COSTS[:3]}
         self._peaks: list[Tables] = []
-        for run in _runs(net):
+        for run in runs(net):
             for name, terms in run.sums().items():
                 for term in terms:
                     self._add(self._sums[name], term)
@@ -148,7 +148,7 @@ class Term:
 # --- the recorded runs that together cover every choice ---------------------------------------
 
 
-def _runs(net: Elastic) -> Iterable[_Run]:
+def runs(net: Elastic) -> Iterable[Run]:
     """The recorded run, and one more for each choice that changes which operators run."""
     structural = [(i, site) for i, site in enumerate(net.space.sites) if _kind(net, site)]
     inputs = [(i, s) for i, s in structural if _kind(net, s) == "inputs"]
@@ -156,7 +156,7 @@ def _runs(net: Elastic) -> Iterable[_Run]:
     for chosen in combinations(*(range(len(site.choices)) for _, site in inputs)):
         fixed = {i: _only(site, k) for (i, site), k in zip(inputs, chosen, strict=True)}
         named = {s.name: s.choices[k] for (_, s), k in zip(inputs, chosen, strict=True)}
-        yield _Run(net, named, fixed, {path: _only_full(s) for path, s in _paths(net, modules)})
+        yield Run(net, named, fixed, {path: _only_full(s) for path, s in _paths(net, modules)})
         for column, site in modules:
             for k, choice in enumerate(site.choices):
                 if choice == site.full:
@@ -164,7 +164,7 @@ def _runs(net: Elastic) -> Iterable[_Run]:
                 gates = {
                     path: (column, _only(site, k)) for path in _replaced(net, site, choice)
                 }
-                yield _Run(net, {**named, site.name: choice}, fixed, gates, only=True)
+                yield Run(net, {**named, site.name: choice}, fixed, gates, only=True)
 
 
 def _kind(net: Elastic, site: Site) -> str:
@@ -199,7 +199,7 @@ def _paths(
             yield path, (column, site)
 
 
-class _Run:
+class Run:
     """One recorded run, its sizes expressed in choices.
 
     Args:
@@ -225,7 +225,7 @@ class _Run:
         self._patch = merge(net.patch_of(name, choice) for name, choice in choices.items())
         whole = {s.name: s.full for s in net.space.sites if _kind(net, s) == "modules"}
         self._present = merge(net.patch_of(n, c) for n, c in {**whole, **choices}.items())
-        self._recording, self._p = self._record()
+        self.recording, self._p = self._record()
         self._sizes = self._atom_sizes()
         self._blocks = self._block_masks()
         self._blocks_memo: dict[str, dict[int, np.ndarray]] = {}
@@ -264,7 +264,7 @@ class _Run:
         """The same for the atoms of another run, matched through the parameters."""
         here: dict[Atom, tuple[int, np.ndarray]] = {}
         for name, dims in self._net.graph.tensors.items():
-            ref = self._recording.tensors.get(name)
+            ref = self.recording.tensors.get(name)
             for base, other in zip(dims, self._p.dims[ref.id] if ref else (), strict=False):
                 pairs = list(zip(atoms(base), atoms(other), strict=False))
                 if [a.size for a, _ in pairs] == [b.size for _, b in pairs]:
@@ -308,6 +308,10 @@ class _Run:
                     factors[column] = factors.get(column, 1) * mask
         return factors
 
+    def of(self, ref: Ref) -> list[Dim]:
+        """The dimensions of a tensor of this run."""
+        return self._p.of(ref)
+
     def terms(
         self, dims: Iterable[Dim], factor: int, gates: Mapping[int, np.ndarray]
     ) -> list[Term]:
@@ -330,7 +334,7 @@ class _Run:
 
     def sums(self) -> dict[str, list[Term]]:
         """Terms of `params`, `macs` and `weight_bytes`."""
-        macs = [term for call in self._recording.calls for term in self._macs(call)]
+        macs = [term for call in self.recording.calls for term in self._macs(call)]
         params, weights = self._tensors()
         return {"params": params, "macs": macs, "weight_bytes": weights}
 
@@ -345,9 +349,9 @@ class _Run:
         parameters = dict(self._net.module.named_parameters())
         saved = set(self._net.module.state_dict())
         aliases: dict[str, list[str]] = defaultdict(list)
-        for name, owner in self._recording.aliases.items():
+        for name, owner in self.recording.aliases.items():
             aliases[owner].append(name)
-        for name, ref in self._recording.tensors.items():
+        for name, ref in self.recording.tensors.items():
             gates = self._shared_gate(aliases[name])
             if gates is None or added(name):
                 continue
@@ -386,9 +390,9 @@ class _Run:
         standing_in = self._block_outputs()
         moments: list[dict[int, Ref]] = [dict(live)] if live else []
         places = [""] if live else []
-        owned = {ref.storage for ref in self._recording.tensors.values()}
+        owned = {ref.storage for ref in self.recording.tensors.values()}
         origin = dict.fromkeys(live, "")
-        for call in self._recording.calls:
+        for call in self.recording.calls:
             grew = False
             fresh = {ref.storage for ref in call.inputs} if "lift_fresh" in call.name else set()
             known = {ref.storage for ref in call.inputs} - fresh
@@ -404,7 +408,7 @@ class _Run:
         return self._undominated(moments, places, origin, standing_in)
 
     def _first_live(self) -> dict[int, Ref]:
-        return {ref.storage: ref for ref in self._recording.inputs}
+        return {ref.storage: ref for ref in self.recording.inputs}
 
     def _block_outputs(self) -> dict[int, tuple[str, int | None]]:
         """Main outputs of blocks that can be left out: the block, and its input's memory.
@@ -412,7 +416,7 @@ class _Run:
         Where the block is left out, its input stands in for its output.
         """
         found: dict[int, tuple[str, int | None]] = {}
-        for call in self._recording.modules:
+        for call in self.recording.modules:
             if call.path in self._blocks and call.outputs:
                 main = call.outputs[0]
                 alike = (ref.storage for ref in call.inputs if ref.shape == main.shape)
