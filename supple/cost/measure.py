@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import re
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -21,7 +24,19 @@ from supple.cost.count import activation_bytes, inference, run_forward
 from supple.errors import SettingError, nearest
 from supple.quantity import show
 
-__all__ = ["Measurement", "Timing", "device_name", "measure", "measure_named", "with_batch"]
+__all__ = [
+    "Measurement",
+    "Timing",
+    "device_name",
+    "interleaved",
+    "measure",
+    "measure_named",
+    "quiet_threads",
+    "with_batch",
+    "without_drift",
+]
+
+FloatArray = NDArray[np.float64]
 
 WHAT = ("latency", "memory")
 
@@ -139,7 +154,7 @@ def measure(
     if batch is not None:
         args, kwargs = with_batch(batch, args, kwargs)
     device = _device(module)
-    with _threads(threads):
+    with quiet_threads(threads):
         return Measurement(
             device=device_name(device, threads),
             threads=threads,
@@ -256,13 +271,100 @@ def _parse(name: str) -> tuple[str, dict[str, int]]:
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
+def quiet_threads(number: int) -> Iterator[None]:
+    """Pins the number of CPU threads and stops the garbage collector; restores both.
+
+    Args:
+        number: Number of CPU threads, 1 or more.
+    """
+    before, collecting = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(number)
+    gc.disable()
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
+
+
+def interleaved(
+    count: int,
+    prepare: Callable[[int], Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+    seconds: float = 0.01,
+    seed: int = 0,
+    tell: Callable[[], object] = lambda: None,
+) -> FloatArray:
+    """Times several things in turn, over and over, so that all meet the same disturbances.
+
+    Each round visits all of them in a random order, and the next round in the reverse of it
+    (as A B B A does for two): what a machine's drift adds to one early it adds to another late.
+    Each visit begins with a call that isn't timed, and gives the median of its timed calls.
+
+    Args:
+        count: How many things there are, at least 1.
+        prepare: For a number in `range(count)`, what is to be timed, called without arguments.
+        rounds: How often each is visited, at least 1.
+        device: Where it computes.
+        seconds: How long a visit lasts, at least three calls.
+        seed: Of the order.
+        tell: Called after each visit, for a progress bar.
+
+    Returns:
+        Seconds per call, shape (rounds, count). `without_drift` makes one figure each of them.
+    """
+    device = torch.device(device)
+    random = np.random.default_rng(seed)
+    times = np.empty((rounds, count))
+    order = random.permutation(count)
+    for turn in range(rounds):
+        order = order[::-1] if turn % 2 else random.permutation(count)
+        for index in order.tolist():
+            times[turn, index] = _visit(prepare(index), device, seconds)
+            tell()
+    return times
+
+
+def _visit(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    def once() -> float:
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        return time.perf_counter() - begin
+
+    once()
+    return statistics.median(_repeat(once, seconds=seconds, least=3, most=1000))
+
+
+def without_drift(times: FloatArray) -> FloatArray:
+    """Makes one figure of all visits: what was slower in a whole round is taken out.
+
+    The logarithm of a time is taken as the sum of what is timed and of the round, found by
+    alternating medians, so that a disturbed visit counts little.
+
+    Args:
+        times: Seconds, shape (rounds, count), as `interleaved` gives them.
+
+    Returns:
+        Seconds, shape (count,).
+
+    Example:
+        >>> times = np.array([[1.0, 2.0, 4.0], [1.1, 2.2, 4.4], [1.0, 2.0, 9.0]])
+        >>> without_drift(times).round(3).tolist()
+        [1.0, 2.0, 4.0]
+    """
+    logs = np.log(times)
+    drift = np.zeros((len(logs), 1))
+    for _ in range(8):
+        alone = np.median(logs - drift, axis=0)
+        drift = np.median(logs - alone, axis=1, keepdims=True)
+        drift -= np.median(drift)
+    found: FloatArray = np.exp(np.median(logs - drift, axis=0))
+    return found
 
 
 def _latency(
