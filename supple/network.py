@@ -31,6 +31,7 @@ from supple.graph.dims import Atom
 from supple.graph.order import expand_order, l1, permute, read_l1
 from supple.plan import Plan, Shadows
 from supple.recompute import recomputing
+from supple.sharded import refuse_sharded
 from supple.space import Config, Fixed, Site, Space
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def elastic(
         The elastic network; `net.module is model`.
 
     Raises:
-        UnsupportedModelError: The forward fails on the example inputs, or nothing can vary
-            (the message lists the reasons).
+        UnsupportedModelError: The forward fails on the example inputs, nothing can vary
+            (the message lists the reasons), or parameters are sharded.
 
     Example:
         >>> model = torch.nn.Sequential(
@@ -77,6 +78,7 @@ def elastic(
     chosen = (Width(), Heads(), Depth()) if axes is None else tuple(axes)
     if not chosen:
         raise SettingError("axes must name at least one axis, e.g. [supple.Width()]")
+    refuse_sharded(model, "elastic")
     start = time.perf_counter()
     variants = [variant for axis in chosen for variant in axis.variants(model)]
     graph = analyse(model, inputs, kwargs, variants)
@@ -323,6 +325,7 @@ class Elastic:
         """Save weights, space and statistics; `supple.load` gives the network back."""
         from supple.storage import save
 
+        refuse_sharded(self.module, "save")
         save(self, directory)
 
     # --- importance -----------------------------------------------------------------------
@@ -342,6 +345,7 @@ class Elastic:
         Raises:
             SettingError: A site or rule does not exist, or a score has the wrong length.
         """
+        refuse_sharded(self.module, "sort")
         scores = self.importance(importance) if isinstance(importance, str) else importance
         order: dict[Atom, np.ndarray] = {}
         for name, score in scores.items():

@@ -18,6 +18,7 @@ from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
 from supple.graph.dims import Atom, Dim, atoms, positions
 from supple.graph.integers import AttributeKey
+from supple.sharded import gathered, refuse_sharded
 
 __all__ = ["Plan", "Slice"]
 
@@ -102,7 +103,7 @@ class Plan:
 
     def _parameter(self, name: str) -> Tensor:
         module, store, attribute = self._owners[name]
-        value: Tensor = getattr(module, store)[attribute]
+        value: Tensor = gathered(getattr(module, store)[attribute])
         return value
 
     # --- in place -------------------------------------------------------------------------
@@ -142,7 +143,7 @@ class Plan:
                     value = (self.sliced(owner, tensor) if own is None else own).clone()
                 elif owner in self._slices or owner in self._patch.tensors:
                     if owner not in made:
-                        made[owner] = self.sliced(owner, tensor)
+                        made[owner] = self.sliced(owner, gathered(tensor))
                     value = made[owner]
                 else:
                     continue
@@ -238,6 +239,7 @@ class Plan:
 
     def extracted(self, statistics: Mapping[str, Tensor] | None) -> nn.Module:
         """A copy of the model with the changes made for good; it shares nothing with it."""
+        refuse_sharded(self._model, "extract")
         memo: dict[int, Any] = {}
         running = self._running_names()
         for name, tensor in _first_owners(self._model):
