@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,10 +28,14 @@ __all__ = [
     "read_json",
     "read_tensors",
     "replacing",
+    "sweep",
     "write_json",
     "write_tensors",
     "write_text",
 ]
+
+
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}(\.\w+)?")
 
 
 @contextlib.contextmanager
@@ -63,6 +68,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Removes what `replacing` had begun to write when its process was killed.
+
+    Args:
+        folder: Searched with all that is below it; nobody may be writing there.
+    """
+    for path in Path(folder).rglob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError):  # what can't be removed does no harm
+                path.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,15 +24,42 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder that holds the runs.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Study = Annotated[
+    str | None,
+    typer.Option(
+        "--study",
+        metavar="URL",
+        help="A database for the study, such as postgresql://user:password@host/database.",
+    ),
+]
+
+
+def _with_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets all processes that `torchrun` started train; only the first does the rest."""
+
+    @functools.wraps(command)
+    def told(**given: Any) -> None:
+        from supple.recipe.ranks import help_train, joined
+
+        with joined() as rank:
+            if rank == 0:
+                command(**given)
+                return
+            names = ("recipe", "overrides", "fast", "output")
+            help_train(_read(*(given[name] for name in names)), allow_code=True)
+
+    return told
 
 
 @plain_errors
+@_with_ranks
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     fast: Fast = False,
     output: Output = None,
     quiet: Quiet = False,
+    study: Study = None,
 ) -> None:
     """Run a recipe: data, elastic, train, search, deploy, compare, report.
 
@@ -40,7 +69,9 @@ def run(
     from supple.recipe.run import run_recipe
     from supple.report.table import networks_table
 
-    finished = run_recipe(read, allow_code=True, console=console, progress=not quiet)
+    finished = run_recipe(
+        read, allow_code=True, console=console, progress=not quiet, study=study
+    )
     wide = console if console.width >= 100 else Console(width=100)
     wide.print()
     wide.print(networks_table(finished.summary))
@@ -50,26 +81,31 @@ def run(
             path = finished.folder / file
             console.print(f"{network.name:8} {path}", highlight=False, soft_wrap=True)
     console.print(
-        f"study    {finished.folder / 'search' / 'study.db'}", highlight=False, soft_wrap=True
+        f"study    {finished.summary.facts['study']}", highlight=False, soft_wrap=True
     )
 
 
 @plain_errors
+@_with_ranks
 def search(
     recipe: RecipeFile,
     overrides: Overrides = None,
     fast: Fast = False,
     output: Output = None,
     quiet: Quiet = False,
+    study: Study = None,
 ) -> None:
     """Run a recipe up to its search, and print the front.
 
-    With a larger search.evaluations the search goes on where it was.
+    With a larger search.evaluations the search goes on where it was. Several of these commands
+    at once share the work: on one machine as they are, on several with --study.
     """
     console, read = Console(), _read(recipe, overrides, fast, output)
     from supple.recipe.run import search_recipe
 
-    front = search_recipe(read, allow_code=True, console=console, progress=not quiet)
+    front = search_recipe(
+        read, allow_code=True, console=console, progress=not quiet, study=study
+    )
     console.print(front)
 
 

@@ -12,10 +12,10 @@ import supple
 from supple.cost.count import count
 from supple.cost.measure import with_batch
 from supple.errors import BudgetError
-from supple.files import read_tensors, write_tensors
+from supple.files import checksum, read_tensors, write_tensors
 from supple.recipe.bench import Bench, example_of
 from supple.recipe.schema import Budget
-from supple.recipe.stage import Outcome, Record, RunFolder
+from supple.recipe.stage import Outcome, Record, RunFolder, written_once
 from supple.space import Config
 from supple.study.front import Front
 from supple.study.objectives import goes_down
@@ -116,15 +116,24 @@ def deploy_size(
         args, kwargs = _inputs(bench)
         supple.save(module, folder / "network")
         save_example(bench, folder)
-        files = [_exported(module, folder, form, args, kwargs) for form in deploy.export]
+        weights = [path for path in sorted((folder / "network").rglob("*")) if path.is_file()]
+        made_from = {path.name: checksum(path.read_bytes()) for path in weights}
+        files = [
+            written_once(
+                folder / f"network.{form}",
+                made_from,
+                lambda path: supple.export(module, path, args, kwargs),
+            )
+            for form in deploy.export
+        ]
         result = {"config": dict(config), "where": where or {}, **figures}
         result |= _measured(module, args, kwargs)
-        weights = [path for path in sorted((folder / "network").rglob("*")) if path.is_file()]
         result["file_bytes"] = sum(
             path.stat().st_size for path in weights if path.suffix == ".safetensors"
         )
         result["files"] = [str(path.relative_to(run.path)) for path in files]
-        return Outcome(result, (*weights, *files))
+        beside = [path.with_suffix(".bin") for path in files if path.suffix == ".xml"]
+        return Outcome(result, (*weights, *files, *beside))
 
     return run.perform(f"deploy/{name}", inputs, work)
 
@@ -186,12 +195,6 @@ def _inputs(bench: Bench) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One example, as the deployed network will see it."""
     args, kwargs = example_of(bench.splits.test.example(1))
     return with_batch(1, args, kwargs)
-
-
-def _exported(
-    module: nn.Module, folder: Path, form: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Path:
-    return Path(supple.export(module, folder / f"network.{form}", args, kwargs))
 
 
 def _measured(

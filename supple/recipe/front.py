@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 import supple
-from supple.files import write_text
+from supple.files import checksum, write_text
 from supple.recipe.bench import Bench
 from supple.recipe.stage import Outcome, Record, RunFolder
 from supple.study.front import Front
 from supple.technique import from_settings
 
-__all__ = ["front_of", "search_front", "search_inputs"]
+__all__ = ["front_of", "search_extent", "search_front", "search_inputs", "study_of"]
 
-FRONT = "front.json"
+FRONT, LOCAL = "front.json", "study.db"
 
 
 def search_inputs(bench: Bench, train: Record) -> dict[str, Any]:
@@ -28,8 +28,18 @@ def search_inputs(bench: Bench, train: Record) -> dict[str, Any]:
     }
 
 
+def search_extent(bench: Bench) -> dict[str, Any]:
+    """How far the search goes on."""
+    return {"evaluations": bench.recipe.search.evaluations}
+
+
 def search_front(
-    bench: Bench, run: RunFolder, train: Record, *, progress: bool = True
+    bench: Bench,
+    run: RunFolder,
+    train: Record,
+    *,
+    study: str | None = None,
+    progress: bool = True,
 ) -> tuple[Front, Record]:
     """Searches the space, or takes the front of an earlier run; more evaluations go on.
 
@@ -37,12 +47,17 @@ def search_front(
         bench: The run's parts, trained.
         run: The run's folder.
         train: The stage before.
+        study: URL of a database that workers on several machines share; None keeps the study
+            in the run's folder.
         progress: Whether to show a bar.
 
     Returns:
         The front, and the stage's record: `evaluations`, `front` (their numbers), `study`.
     """
-    search = bench.recipe.search
+    search, inputs = bench.recipe.search, search_inputs(bench, train)
+    # A database serves many runs: what was trained or sought otherwise is another study there.
+    name = bench.recipe.name
+    name = name if study is None else f"{name}-{checksum(inputs)[:8]}"
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         return bench.task.evaluate(module, bench.splits.validation.batches())
@@ -54,22 +69,28 @@ def search_front(
             list(search.costs),
             algorithm=from_settings(search.technique.key, search.technique.settings),
             evaluations=search.evaluations,
-            study=folder / "study.db",
+            study=folder / LOCAL if study is None else study,
             objectives=[bench.target],
             data=bench.calibration,
             seed=bench.recipe.seed,
             progress=progress,
-            name=bench.recipe.name,
+            name=name,
         )
         write_text(folder / FRONT, front.to_json())
         numbers = {"evaluations": len(front.evaluated), "front": len(front.points)}
-        return Outcome({**numbers, "study": "study.db"}, (folder / FRONT,))
+        place = LOCAL if study is None else front.study
+        return Outcome({**numbers, "study": place}, (folder / FRONT,))
 
-    extent = {"evaluations": search.evaluations}
-    record = run.perform("search", search_inputs(bench, train), work, extent=extent)
+    record = run.perform("search", inputs, work, extent=search_extent(bench))
     return front_of(record), record
 
 
 def front_of(record: Record) -> Front:
     """Reads the front that a search stage wrote."""
     return Front.from_json((record.folder / FRONT).read_text(encoding="utf-8"))
+
+
+def study_of(record: Record) -> str:
+    """Says where the study of a search stage is."""
+    place = str(record.result["study"])
+    return str(record.folder / LOCAL) if place == LOCAL else place

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
 from supple.errors import RecipeError
 from supple.files import write_text
@@ -18,7 +18,7 @@ from supple.recipe.bench import Bench, build, gather, sources
 from supple.recipe.compare import compare_sizes, learning_rates
 from supple.recipe.deployment import FULL, choose, config_of, deploy_size
 from supple.recipe.dump import recipe_text
-from supple.recipe.front import front_of, search_front, search_inputs
+from supple.recipe.front import front_of, search_extent, search_front, search_inputs
 from supple.recipe.load import load_recipe
 from supple.recipe.schema import Recipe
 from supple.recipe.stage import Record, RunFolder
@@ -30,6 +30,7 @@ from supple.report.summary import Summary
 from supple.report.words import seconds_text
 from supple.space import Config
 from supple.study.front import Front
+from supple.training.bar import Bar
 
 __all__ = ["Finished", "reopen", "run_recipe", "search_recipe"]
 
@@ -49,12 +50,37 @@ class Finished:
     report: Path
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a recipe is run: what both ways of running one take."""
+
+    recipe: Recipe
+    run: RunFolder
+    allow_code: bool
+    console: Console
+    progress: bool
+    study: str | None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        allow_code: bool,
+        console: Console | None,
+        progress: bool,
+        study: str | None,
+    ) -> _Way:
+        run = RunFolder(Path(recipe.output) / recipe.name)
+        return cls(recipe, run, allow_code, console or Console(quiet=True), progress, study)
+
+
 def run_recipe(
     recipe: Recipe,
     *,
     allow_code: bool = False,
     console: Console | None = None,
     progress: bool = True,
+    study: str | None = None,
 ) -> Finished:
     """Runs a recipe from data to deployed networks and their report.
 
@@ -68,6 +94,7 @@ def run_recipe(
         allow_code: Whether `module:callable` may be run.
         console: Where stages are announced; nowhere by default.
         progress: Whether progress bars are shown.
+        study: URL of a database for the study; None keeps it in the run's folder.
 
     Returns:
         Folder, figures and page.
@@ -75,15 +102,15 @@ def run_recipe(
     Raises:
         SuppleError: Something can't be done; the message says what would do.
     """
-    console = console or Console(quiet=True)
-    run = RunFolder(Path(recipe.output) / recipe.name)
+    way = _Way.of(recipe, allow_code, console, progress, study)
+    run = way.run
     with run.claimed(), _threads(recipe.threads):
-        write_text(run.path / "recipe.yaml", recipe_text(recipe))
-        bench, front = _searched(recipe, run, console, allow_code, progress)
-        deployed = _deploy_all(bench, run, front, console)
-        compared = _compare_all(bench, run, deployed, console, allow_code, progress)
+        bench, trained = _trained(way)
+        front = _searched(way, bench, trained)
+        deployed = _deploy_all(way, bench, front)
+        compared = _compare_all(way, bench, deployed)
         summary = summarise(bench, run, front, deployed, compared)
-        with _stage(console, "report"):
+        with _stage(way.console, "report"):
             page, *_ = write_report(summary, run.path)
     return Finished(run.path, summary, page)
 
@@ -94,23 +121,43 @@ def search_recipe(
     allow_code: bool = False,
     console: Console | None = None,
     progress: bool = True,
+    study: str | None = None,
 ) -> Front:
     """Runs a recipe up to its search, in the same folder as `run_recipe`.
+
+    Several processes may do so at once: one of them trains, then all share the evaluations.
+    On several machines, give them all the same database, and each a copy of the run's folder
+    once it is trained.
 
     Args:
         recipe: The recipe.
         allow_code: Whether `module:callable` may be run.
         console: Where stages are announced; nowhere by default.
         progress: Whether progress bars are shown.
+        study: URL of a database for the study; None keeps it in the run's folder.
 
     Returns:
         The front.
+
+    Raises:
+        RecipeError: A search by a recipe with other settings is going on in the folder.
+        SuppleError: Something can't be done; the message says what would do.
     """
-    console = console or Console(quiet=True)
-    run = RunFolder(Path(recipe.output) / recipe.name)
-    with run.claimed(), _threads(recipe.threads):
-        write_text(run.path / "recipe.yaml", recipe_text(recipe))
-        return _searched(recipe, run, console, allow_code, progress)[1]
+    way = _Way.of(recipe, allow_code, console, progress, study)
+
+    def prepare() -> tuple[Bench, Record]:
+        bench, trained = _trained(way)
+        # While no other search is there: this may empty the folder of one by other settings.
+        inputs = search_inputs(bench, trained)
+        if way.run.finished("search", inputs, search_extent(bench)) is None:
+            way.run.begin("search", inputs)
+        return bench, trained
+
+    def waiting() -> None:
+        way.console.print(f"waiting for another process to train in {way.run.path}")
+
+    with _threads(recipe.threads), way.run.shared(prepare, waiting) as prepared:
+        return _searched(way, *prepared)
 
 
 def reopen(folder: Path, *, allow_code: bool = False) -> tuple[Bench, Front | None]:
@@ -138,17 +185,17 @@ def reopen(folder: Path, *, allow_code: bool = False) -> tuple[Bench, Front | No
     if train is None:
         raise RecipeError(f"{folder} holds no trained network; finish it with `supple run`")
     load_weights(bench.net.module, train.folder / WEIGHTS)
-    extent = {"evaluations": bench.recipe.search.evaluations}
-    searched = run.finished("search", search_inputs(bench, train), extent)
+    searched = run.finished("search", search_inputs(bench, train), search_extent(bench))
     return bench, None if searched is None else front_of(searched)
 
 
-def _searched(
-    recipe: Recipe, run: RunFolder, console: Console, allow_code: bool, progress: bool
-) -> tuple[Bench, Front]:
-    """Data, model, verification, training, search."""
+def _trained(way: _Way) -> tuple[Bench, Record]:
+    """Data, model, verification, training."""
+    recipe, run, console = way.recipe, way.run, way.console
+    if not run.guest:
+        write_text(run.path / "recipe.yaml", recipe_text(recipe))
     with _stage(console, "data", f"{recipe.data.key}, model {recipe.model.key}"):
-        materials = gather(recipe, allow_code=allow_code)
+        materials = gather(recipe, allow_code=way.allow_code)
     axes = ", ".join(recipe.axes) or "width, heads, depth"
     with _stage(console, "elastic", axes) as told:
         bench, elastic = make_elastic(materials, run)
@@ -158,28 +205,34 @@ def _searched(
     train = recipe.train
     length = f"{train.epochs} epochs" if train.epochs else f"{train.steps} steps"
     with _stage(console, "train", f"{train.technique.key}, {length}") as told:
-        trained = train_supernet(bench, run, elastic, progress=progress)
+        trained = train_supernet(bench, run, elastic, progress=way.progress)
         told.result = f"{trained.result['steps']:,} steps, {trained.result['passes']:,} passes"
         told.records = [trained]
-    count = recipe.search.evaluations
-    with _stage(console, "search", f"{recipe.search.technique.key}, {count} sizes") as told:
-        front, searched = search_front(bench, run, trained, progress=progress)
+    return bench, trained
+
+
+def _searched(way: _Way, bench: Bench, trained: Record) -> Front:
+    search = way.recipe.search
+    what = f"{search.technique.key}, {search.evaluations} sizes"
+    with _stage(way.console, "search", what) as told:
+        front, searched = search_front(
+            bench, way.run, trained, study=way.study, progress=way.progress
+        )
         told.result = str(front)
         told.records = [searched]
-    return bench, front
+    return front
 
 
-def _deploy_all(
-    bench: Bench, run: RunFolder, front: Front, console: Console
-) -> dict[str, Record]:
+def _deploy_all(way: _Way, bench: Bench, front: Front) -> dict[str, Record]:
     """The full network and one network for each budget."""
+    run = way.run
     sizes: dict[str, tuple[Config, dict[str, str]]]
     sizes = {FULL: (bench.net.space.largest(), {})}
     for budget in bench.recipe.deploy.budgets:
         sizes[budget.name] = (choose(bench, front, budget), dict(budget.where))
     deployed = {}
     for name, (config, where) in sizes.items():
-        with _stage(console, "deploy", name) as told:
+        with _stage(way.console, "deploy", name) as told:
             train = run.records["train"]
             record = deploy_size(bench, run, name, config, train, where=where)
             told.result = ", ".join(record.result["files"]) or "not exported"
@@ -188,24 +241,24 @@ def _deploy_all(
     return deployed
 
 
-def _compare_all(
-    bench: Bench,
-    run: RunFolder,
-    deployed: dict[str, Record],
-    console: Console,
-    allow_code: bool,
-    progress: bool,
-) -> dict[str, Record]:
+def _compare_all(way: _Way, bench: Bench, deployed: dict[str, Record]) -> dict[str, Record]:
+    run, console = way.run, way.console
     if not bench.recipe.compare.alone:
         return {}
     sizes = {name: config_of(record) for name, record in deployed.items()}
     rates = ", ".join(f"{lr:.3g}" for lr in learning_rates(bench.recipe))
-    columns = (TextColumn("alone"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Bar(
+        "alone",
+        None,
+        TimeElapsedColumn(),
+        shown=way.progress,
+        console=console,
+        transient=True,
+    )
     with (
         _stage(console, "compare", f"{len(sizes)} sizes alone, each with lr {rates}") as told,
-        Progress(*columns, console=console, disable=not progress, transient=True) as bar,
+        bar,
     ):
-        task = bar.add_task("alone", total=None)
         elastic, train = run.records["elastic"], run.records["train"]
         found = compare_sizes(
             bench,
@@ -213,8 +266,8 @@ def _compare_all(
             elastic,
             train,
             sizes,
-            allow_code=allow_code,
-            tell=lambda done, total: bar.update(task, completed=done, total=total),
+            allow_code=way.allow_code,
+            tell=lambda done, total: bar.update(completed=done, total=total),
         )
         told.records = list(found.values())
     return found

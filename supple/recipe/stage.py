@@ -13,21 +13,24 @@ work is thrown away by an upgrade. Delete the folder to compute it anew.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import Any, TypeVar
 
 import supple
 from supple import files
 from supple.errors import CheckpointError, RecipeError
 
-__all__ = ["Outcome", "Record", "RunFolder"]
+__all__ = ["Outcome", "Record", "RunFolder", "written_once"]
+
+_Prepared = TypeVar("_Prepared")
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,13 @@ class RunFolder:
 
     Args:
         path: The folder; it is created.
+        guest: Whether other processes are at work in it, so that nothing may be computed anew
+            that they rely on.
     """
 
     path: Path
     records: dict[str, Record] = field(default_factory=dict)
+    guest: bool = False
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -90,24 +96,66 @@ class RunFolder:
             CheckpointError: The folder can't be written.
             RecipeError: Another process is running in it.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        with self._lock_file(".lock") as lock:
+            if not _taken(lock, fcntl.LOCK_EX):
+                raise self._busy()
+            files.sweep(self.path)
+            yield
+
+    @contextlib.contextmanager
+    def shared(
+        self, prepare: Callable[[], _Prepared], waiting: Callable[[], None]
+    ) -> Iterator[_Prepared]:
+        """Holds the folder together with other processes that search.
+
+        Args:
+            prepare: Does what comes before the search; never in two processes at once. The
+                first one computes, the others find the records.
+            waiting: Called where another process is preparing.
+
+        Yields:
+            What `prepare` gave.
+
+        Raises:
+            CheckpointError: The folder can't be written.
+            RecipeError: A whole run is going on in it, or `prepare` would change what a search
+                that is going on relies on.
+        """
+        with self._lock_file(".lock") as lock:
+            with self._lock_file(".prepare.lock") as turn:
+                if not _taken(turn, fcntl.LOCK_EX):
+                    waiting()
+                    fcntl.flock(turn, fcntl.LOCK_EX)
+                self.guest = not _taken(lock, fcntl.LOCK_EX)
+                if self.guest and not _taken(lock, fcntl.LOCK_SH):
+                    raise self._busy()
+                if not self.guest:
+                    files.sweep(self.path)
+                prepared = prepare()
+                if not _taken(lock, fcntl.LOCK_SH):
+                    raise self._busy()
+            yield prepared
+
+    @contextlib.contextmanager
+    def _lock_file(self, name: str) -> Iterator[int]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout as error:
-            raise RecipeError(
-                f"another process is running in {self.path}; wait for it, or choose another "
-                "folder with --output"
-            ) from error
+            handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise CheckpointError(
                 f"can't write to the run's folder {self.path}: {error.strerror or error}; "
                 "choose another with --output"
             ) from error
         try:
-            yield
+            yield handle
         finally:
-            lock.release()
+            os.close(handle)
+
+    def _busy(self) -> RecipeError:
+        return RecipeError(
+            f"another process is running in {self.path}; wait for it, or choose another "
+            "folder with --output"
+        )
 
     def finished(
         self, name: str, inputs: Mapping[str, Any], extent: Mapping[str, Any] | None = None
@@ -177,17 +225,24 @@ class RunFolder:
 
         Returns:
             The folder.
+
+        Raises:
+            RecipeError: It would be emptied, and other processes are at work in it.
         """
         folder = self.path / name
         identity = _digest(name, inputs, None)
         begun = folder / "begun.json"
-        if folder.exists() and not (
-            begun.exists() and files.read_json(begun)["identity"] == identity
-        ):
-            shutil.rmtree(folder)
+        if not (begun.exists() and files.read_json(begun)["identity"] == identity):
+            if self.guest:
+                raise RecipeError(
+                    f"another process searches in {self.path} by a recipe with other settings "
+                    f"for '{name}'; use the same ones, or another folder with --output"
+                )
+            if folder.exists():
+                shutil.rmtree(folder)
+            files.write_json(begun, {"identity": identity, "inputs": dict(inputs)})
         # The record of a smaller extent must not outlive the start of the larger one.
         (folder / "done.json").unlink(missing_ok=True)
-        files.write_json(begun, {"identity": identity, "inputs": dict(inputs)})
         return folder
 
     def complete(
@@ -225,10 +280,44 @@ class RunFolder:
             "outputs": sums,
         }
         files.write_json(folder / "done.json", done)
-        result = files.read_json(folder / "done.json")["result"]
+        result = json.loads(json.dumps(done["result"]))  # as a later run will read it
         record = Record(name, digest, result, seconds, False, folder, code_print())
         self.records[name] = record
         return record
+
+
+def written_once(
+    path: Path, inputs: Mapping[str, Any], write: Callable[[Path], object]
+) -> Path:
+    """Writes a file inside a stage, unless an interrupted attempt did from the same inputs.
+
+    Args:
+        path: The file.
+        inputs: What it is made from, JSON-able.
+        write: Writes it, all or nothing.
+
+    Returns:
+        The path.
+    """
+    note = path.with_name(f".{path.name}.json")
+    digest = _digest(path.name, {**inputs, "code": code_print()}, None)
+    if path.exists() and note.exists():
+        sha256 = files.checksum(path.read_bytes())
+        if files.read_json(note) == {"digest": digest, "file": sha256}:
+            return path
+    note.unlink(missing_ok=True)
+    write(path)
+    files.write_json(note, {"digest": digest, "file": files.checksum(path.read_bytes())})
+    return path
+
+
+def _taken(handle: int, kind: int) -> bool:
+    """Takes or changes the lock of an open file, unless others hold it."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import transformers
 import supple
 from supple.recipe.bench import Bench
 from supple.recipe.dump import recipe_text
+from supple.recipe.front import study_of
 from supple.recipe.schema import Recipe
 from supple.recipe.stage import Record, RunFolder
 from supple.recipe.supernet import history_of
@@ -157,5 +158,5 @@ def _facts(recipe: Recipe, run: RunFolder) -> dict[str, str]:
         "supple": supple.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "study": str(run.path / "search" / "study.db"),
+        "study": study_of(run.records["search"]),
     }

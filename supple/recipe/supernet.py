@@ -15,12 +15,14 @@ from supple.recipe.references import CLOSED_COSTS
 from supple.recipe.stage import Outcome, Record, RunFolder
 from supple.recipe.weights import load_weights, save_weights
 from supple.technique import from_settings
+from supple.training import processes
 from supple.training.history import History
 
 __all__ = [
     "WEIGHTS",
     "history_of",
     "make_elastic",
+    "train_along",
     "train_inputs",
     "train_supernet",
     "training_settings",
@@ -144,12 +146,30 @@ def train_supernet(
             (save_weights(bench.net.module, folder / WEIGHTS), folder / "history.json"),
         )
 
-    record = run.perform("train", train_inputs(bench, elastic), work)
+    inputs = train_inputs(bench, elastic)
+    processes.told(
+        {
+            "trains": run.finished("train", inputs) is None,
+            "failed": elastic.result["failed"],
+            "folder": str((run.path / "train").absolute()),
+        }
+    )
+    record = run.perform("train", inputs, work)
     if record.reused:
         load_weights(bench.net.module, record.folder / WEIGHTS)
         bench.net.drop_statistics()
     shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
     return record
+
+
+def train_along(bench: Bench, folder: Path) -> None:
+    """Trains as one of several processes, of which the first keeps the record.
+
+    Args:
+        bench: The run's parts.
+        folder: The training stage's folder.
+    """
+    _train(bench, folder, progress=False)
 
 
 def _train(bench: Bench, folder: Path, progress: bool) -> History:

@@ -247,7 +247,7 @@ class _Loop:
             else:
                 self._search.tell(configs, values)
             self._told.update(result.config for result in new)
-        shown.update(results)
+        shown.show(results)
         return len(results)
 
     def _violation(self, result: Evaluation) -> float:

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from supple.study.indicators import hypervolume
 from supple.study.objectives import Objective, minimised
 from supple.study.store import Evaluation
+from supple.training.bar import Bar
 
 __all__ = ["SearchProgress", "scaled_hypervolume"]
 
 _MARGIN = 0.1
 
 
-class SearchProgress:
+class SearchProgress(Bar):
     """A line with the evaluations done, hypervolume, evaluations a minute and time left.
 
     Args:
@@ -42,34 +35,21 @@ class SearchProgress:
         self._objectives = tuple(objectives)
         self._start = time.monotonic()
         self._before: int | None = None
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
+        super().__init__(
+            description,
+            total,
             TextColumn("hypervolume {task.fields[volume]}"),
             TextColumn("{task.fields[rate]} evaluations/min"),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
+            shown=shown,
+            volume="-",
+            rate="-",
         )
-        self._task = self._bar.add_task(description, total=total, volume="-", rate="-")
 
-    def __enter__(self) -> SearchProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def update(self, done: Sequence[Evaluation]) -> None:
+    def show(self, done: Sequence[Evaluation]) -> None:
         """Shows what was evaluated so far, by all workers."""
-        if self._bar.disable:
+        if not self.shown:
             return
         if self._before is None:
             self._before = len(done)
@@ -77,8 +57,7 @@ class SearchProgress:
         fresh = len(done) - self._before
         values = minimised(self._objectives, (evaluation.values for evaluation in done))
         volume = scaled_hypervolume(values)
-        self._bar.update(
-            self._task,
+        self.update(
             completed=len(done),
             volume="-" if volume is None else f"{volume:.4f}",
             rate=f"{fresh / minutes:.1f}" if fresh and minutes > 0 else "-",

@@ -8,16 +8,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from supple.errors import CheckpointError, SettingError, import_extra, nearest
+from supple.training.bar import Bar
 
 __all__ = ["Display", "History"]
 
@@ -106,19 +100,19 @@ class Display:
 
             # What was logged after the checkpoint belongs to a run that was killed.
             self._writer = SummaryWriter(os.fspath(log_dir), purge_step=start)
-        self._bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
+        self._bar = Bar(
+            "train",
+            steps,
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
-            disable=not progress,
+            shown=progress,
+            done=start,
+            losses="",
         )
-        self._task = self._bar.add_task("train", total=steps, completed=start, losses="")
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
@@ -127,14 +121,14 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
         if self._writer is not None:
             self._writer.close()
 
     def step(self, done: int, losses: Mapping[str, float]) -> None:
         """Moves the bar on."""
         shown = "  ".join(f"{role} {loss:.3f}" for role, loss in list(losses.items())[:4])
-        self._bar.update(self._task, completed=done, losses=shown)
+        self._bar.update(completed=done, losses=shown)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Logs a row of the history."""

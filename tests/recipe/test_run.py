@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -152,83 +146,6 @@ def test_an_operator_that_the_format_lacks_is_named(tmp_path):
             allow_code=True,
             progress=False,
         )
-
-
-SCRIPT = """
-import sys
-from supple.recipe.load import load_recipe
-from supple.recipe.run import run_recipe
-if __name__ == "__main__":
-    run_recipe(load_recipe(sys.argv[1], sys.argv[2:]), progress=False)
-"""
-
-
-class Killed:
-    """A run in a process of its own, killed as soon as something is there."""
-
-    def __init__(self, tmp_path, *overrides):
-        self.recipe, self.script = tmp_path / "recipe.yaml", tmp_path / "run.py"
-        self.recipe.write_text(SMALL)
-        self.script.write_text(SCRIPT)
-        self.overrides = [f"output={tmp_path}", NO_BASELINES, *overrides]
-        self.folder = tmp_path / "small"
-
-    def until(self, ready):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-        command = [sys.executable, str(self.script), str(self.recipe), *self.overrides]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not ready(self.folder) and time.monotonic() < deadline:
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return self
-
-    def resumed(self):
-        return run_recipe(load_recipe(self.recipe, self.overrides), progress=False)
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_training_ends_with_the_weights_of_one_that_was_not(tmp_path):
-    steps = "train.steps=60"
-    killed = Killed(tmp_path, steps).until(
-        lambda folder: len(list(folder.glob("train/checkpoint/step-*"))) >= 2
-    )
-    assert not (killed.folder / "train/done.json").exists()
-    done = killed.resumed()
-    whole = without_baselines(tmp_path / "whole", steps)
-    weights = [
-        read_json(one.folder / "train/done.json")["outputs"]["weights.safetensors"]
-        for one in (done, whole)
-    ]
-    assert weights[0] == weights[1]
-    full, other = done.summary.networks[0], whole.summary.networks[0]
-    assert full.outcomes[0].metrics == other.outcomes[0].metrics
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_search_keeps_every_evaluation_and_repeats_none(tmp_path):
-    def complete(folder):
-        try:
-            with sqlite3.connect(f"file:{folder}/search/study.db?mode=ro", uri=True) as study:
-                query = "select trial_id from trials where state = 'COMPLETE'"
-                return [row[0] for row in study.execute(query)]
-        except sqlite3.Error:
-            return []
-
-    overrides = (
-        "search.evaluations=7",
-        "model={digits-cnn: {widths: [8, 12], blocks: [2, 2]}}",
-    )
-    killed = Killed(tmp_path, *overrides).until(lambda folder: len(complete(folder)) >= 3)
-    before = complete(killed.folder)
-    assert 3 <= len(before) < 7
-    killed.resumed()
-    after = complete(killed.folder)
-    assert set(before) <= set(after)
-    assert len(after) == 7
 
 
 @pytest.mark.slow

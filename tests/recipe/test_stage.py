@@ -1,7 +1,9 @@
+import threading
+
 import pytest
 
 from supple.errors import CheckpointError, RecipeError
-from supple.recipe.stage import Outcome, RunFolder
+from supple.recipe.stage import Outcome, RunFolder, written_once
 
 
 class Work:
@@ -111,6 +113,115 @@ def test_two_processes_do_not_run_in_one_folder(tmp_path):
         pass
     with RunFolder(tmp_path).claimed():
         pass
+
+
+def prepares(run, work, inputs):
+    """What a search does before it shares its folder."""
+    return lambda: run.perform("train", inputs, work)
+
+
+def silent():
+    pass
+
+
+def test_searches_share_a_folder_and_only_the_first_one_prepares(tmp_path):
+    work = Work()
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with (
+        first.shared(prepares(first, work, {"lr": 0.1}), silent),
+        second.shared(prepares(second, work, {"lr": 0.1}), silent) as found,
+    ):
+        assert found.reused
+        assert (first.guest, second.guest) == (False, True)
+        with pytest.raises(RecipeError, match="another process is running"):
+            RunFolder(tmp_path).claimed().__enter__()
+    assert work.times == 1
+    with RunFolder(tmp_path).claimed():
+        pass
+
+
+def test_a_search_by_other_settings_does_not_empty_the_folder_of_one_that_goes_on(tmp_path):
+    work = Work()
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with (
+        first.shared(prepares(first, work, {"lr": 0.1}), silent) as record,
+        pytest.raises(RecipeError, match=r"other settings for 'train'"),
+        second.shared(prepares(second, work, {"lr": 0.2}), silent),
+    ):
+        pass
+    assert (record.folder / "out.txt").read_text() == "time 1"
+    third = RunFolder(tmp_path)
+    with third.shared(prepares(third, work, {"lr": 0.2}), silent):
+        assert work.times == 2
+
+
+def test_no_search_joins_a_whole_run(tmp_path):
+    run = RunFolder(tmp_path)
+    with (
+        RunFolder(tmp_path).claimed(),
+        pytest.raises(RecipeError, match="another process is running"),
+        run.shared(prepares(run, Work(), {}), silent),
+    ):
+        pass
+
+
+def test_a_search_waits_while_another_one_trains(tmp_path):
+    training, go_on, told = threading.Event(), threading.Event(), []
+
+    def train(folder):
+        training.set()
+        assert go_on.wait(10)
+        return Outcome({"by": "first"})
+
+    def first():
+        run = RunFolder(tmp_path)
+        with run.shared(prepares(run, train, {}), silent):
+            pass
+
+    def waiting():
+        told.append("waiting")
+        go_on.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert training.wait(10)
+    run = RunFolder(tmp_path)
+    with run.shared(prepares(run, Work(), {}), waiting) as record:
+        assert record.result == {"by": "first"}
+    thread.join()
+    assert told == ["waiting"]
+
+
+def test_a_file_of_an_interrupted_stage_is_written_once(tmp_path):
+    times = []
+
+    def write(path):
+        times.append(path)
+        path.write_text(f"{len(times)}")
+
+    path = tmp_path / "network.onnx"
+    for inputs, expected in (({"a": 1}, "1"), ({"a": 1}, "1"), ({"a": 2}, "2")):
+        assert written_once(path, inputs, write).read_text() == expected
+    path.write_text("damaged")
+    assert written_once(path, {"a": 2}, write).read_text() == "3"
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    import os
+
+    from supple import files
+
+    stage = tmp_path / "train"
+    process = os.fork()
+    if process == 0:
+        with files.replacing(stage / "weights.safetensors") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), 9)
+    os.waitpid(process, 0)
+    (stage / "..keep").write_text("somebody's")
+    assert len(list(stage.iterdir())) == 2
+    with RunFolder(tmp_path).claimed():
+        assert [path.name for path in stage.iterdir()] == ["..keep"]
 
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path):
