@@ -7,16 +7,18 @@ training code: `supple.training.step` runs what these values say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from supple.errors import SettingError
-from supple.space import Config, Space
+from supple.space import Config, IntArray, Randomness, Space, numpy_generator
 from supple.technique import Rule
 from supple.training.batches import Forward, Loss
 from supple.training.losses import Criterion, Labels
@@ -24,6 +26,7 @@ from supple.training.schedule import Schedule
 from supple.training.step import Aggregation, Network, Pass, Sampler, SizesRun, StepOptions
 
 __all__ = [
+    "BandSampler",
     "NestedSampler",
     "Phase",
     "PhasedSampler",
@@ -31,7 +34,11 @@ __all__ = [
     "SandwichSampler",
     "SupernetRule",
     "nested_chain",
+    "random_in_band",
 ]
+
+Price = Callable[[IntArray], np.ndarray]
+_DRAWN = 256  # configs priced at once: pricing costs about the same for one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +227,128 @@ class NestedSampler(Sampler):
         ]
 
 
+class BandSampler(Sampler):
+    """Trains random sizes of chosen costs: first a band of costs is drawn, then a size in it.
+
+    Uniform sampling of sizes piles up at middling costs; uniform sampling of bands does not.
+    A method that prefers some bands overrides `probabilities`.
+
+    Args:
+        space: The sizes there are.
+        generator: Source of randomness.
+        bands: How many bands of equal width the costs from the smallest size to the largest
+            fall into, at least 1.
+        count: How many sizes a step trains, at least 1, each of a band of its own.
+        cost: One of the costs that `net.costs` gives.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        generator: torch.Generator,
+        bands: int = 5,
+        count: int = 1,
+        cost: str = "macs",
+    ) -> None:
+        if bands < 1 or count < 1:
+            raise SettingError(f"bands and count must be at least 1, got {bands} and {count}")
+        self.space, self.generator, self.bands, self.count = space, generator, bands, count
+        self.cost = cost
+        self._price: Price | None = None
+        self._edges = np.zeros(bands + 1)
+
+    def begin(self, run: SizesRun) -> None:
+        """Learns the costs from the run's network."""
+        if self._price is not None:
+            return
+        net: Any = run.net
+        own = self.space is net.space  # else encoded otherwise
+        decode = (lambda rows: rows) if own else self.space.decode_many
+        self._price = lambda rows: net.costs(decode(rows))[self.cost]
+        ends = self._price(
+            self.space.encode_many([self.space.smallest(), self.space.largest()])
+        )
+        self._edges = np.linspace(float(min(ends)), float(max(ends)), self.bands + 1)
+
+    def probabilities(self, step: int, steps: int | None) -> np.ndarray:
+        """Gives the probability of each band; by default all have the same.
+
+        Args:
+            step: Counted from 0.
+            steps: How many there will be, None where that is open.
+
+        Returns:
+            Shape (bands,), with the sum 1.
+        """
+        return np.full(self.bands, 1 / self.bands)
+
+    def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
+        """Gives the passes of a step; the role `band-0` is the cheapest band's."""
+        assert self._price is not None, "a run begins each step before it samples"
+        random = numpy_generator(self.generator)
+        drawn = random.choice(self.bands, self.count, p=self.probabilities(step, steps))
+        edges: list[float] = self._edges.tolist()
+        return [
+            Pass(
+                random_in_band(self.space, self._price, edges[band], edges[band + 1], random),
+                f"band-{band}",
+            )
+            for band in drawn.tolist()
+        ]
+
+
+def random_in_band(
+    space: Space,
+    price: Price,
+    low: float,
+    high: float,
+    generator: Randomness,
+    tries: int = 50,
+) -> Config:
+    """Draws a random config whose cost lies between two values.
+
+    Uniform draws come first. Where none of them lies in the band (it may be thin), the
+    nearest is moved step by step: of its random mutations, the one nearest to the band is next.
+
+    Args:
+        space: The sizes there are.
+        price: Costs of encoded configs of this space, (n, sites) -> (n,).
+        low: The lowest cost.
+        high: The highest.
+        generator: Source of randomness.
+        tries: Rounds of moves, at least 0.
+
+    Returns:
+        A config.
+
+    Raises:
+        SettingError: None was found; the message tells the nearest cost.
+
+    Example:
+        >>> from supple.space import Site
+        >>> space = Space([Site("a", "width", (1, 2, 3, 4), 4), Site("b", "width", (1, 2), 2)])
+        >>> cost = lambda rows: space.choices_of(rows).sum(1)
+        >>> config = random_in_band(space, cost, 6, 6, 0)
+        >>> sum(config.values())
+        6
+    """
+    random = numpy_generator(generator)
+    rows = space.random_many(_DRAWN, random)
+    for _ in range(tries + 1):
+        costs = np.asarray(price(rows), dtype=np.float64)
+        away = np.maximum(np.maximum(low - costs, costs - high), 0.0)
+        nearest = int(away.argmin())
+        if not away[nearest]:
+            return space.decode(rows[random.choice(np.flatnonzero(away == 0))])
+        best = space.decode(rows[nearest])
+        moved = [space.mutate(best, random, 2 / len(space)) for _ in range(_DRAWN // 4)]
+        rows = space.encode_many([best, *moved])
+    raise SettingError(
+        f"no size with a cost from {low:g} to {high:g} was found in {tries} rounds; the "
+        f"nearest costs {costs[nearest]:g}: widen the band, or offer more choices"
+    )
+
+
 def nested_chain(space: Space, levels: int | None = None) -> list[Config]:
     """Gives sizes from the smallest to the largest, each containing the one before.
 
@@ -265,10 +394,17 @@ class Phase:
     Args:
         share: How long it is, relative to the other phases, above 0.
         sampler: Who samples then.
+        schedule: Learning rate relative to the run's, by `(step, steps)` of the phase; None
+            leaves it to the run's schedule.
+        enter: Called once as `enter(run)` before the phase's first step, also where the phase
+            is too short for a step. What it does must depend on nothing but the run and what
+            the phase is made of, as a resumed run does not call it again.
     """
 
     share: float
     sampler: Sampler
+    schedule: Schedule | None = None
+    enter: Callable[[SizesRun], None] | None = None
 
 
 class PhasedSampler(Sampler):
@@ -288,12 +424,31 @@ class PhasedSampler(Sampler):
             )
         self.phases = tuple(phases)
         self._now = phases[0].sampler
+        self._entered = 0  # how many phases were
+
+    def begin(self, run: SizesRun) -> None:
+        """Enters the phase that the step lies in, and all before it."""
+        index, *_ = self._at(run.steps, run.options.steps)
+        while self._entered <= index:
+            phase = self.phases[self._entered]
+            self._entered += 1
+            if phase.enter is not None:
+                phase.enter(run)
+        self.phases[index].sampler.begin(run)
+
+    def rate(self, step: int, steps: int | None) -> float | None:
+        """Gives the rate of the phase, on top of the phase's sampler's."""
+        index, first, length = self._at(step, steps)
+        phase = self.phases[index]
+        rate = phase.sampler.rate(step, steps)
+        if all(phase.schedule is None for phase in self.phases):
+            return rate
+        own = 1.0 if phase.schedule is None else phase.schedule(step - first, length)
+        return own if rate is None else own * rate
 
     def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
         """Gives the passes of the phase that the step lies in."""
-        if steps is None:
-            raise SettingError("phases need to know the number of steps; pass steps=")
-        self._now = self._at(step / steps)
+        self._now = self.phases[self._at(step, steps)[0]].sampler
         return self._now.sample(step, steps)
 
     def observe(self, entry: Pass, loss: Tensor, net: Network | nn.Module) -> None:
@@ -301,19 +456,23 @@ class PhasedSampler(Sampler):
         self._now.observe(entry, loss, net)
 
     def state_dict(self) -> dict[str, Any]:
-        """Gives what the samplers have learned."""
-        return {"phases": [phase.sampler.state_dict() for phase in self.phases]}
+        """Gives what the samplers have learned, and which phases were entered."""
+        samplers = [phase.sampler.state_dict() for phase in self.phases]
+        return {"phases": samplers, "entered": self._entered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
+        self._entered = state["entered"]
         for phase, one in zip(self.phases, state["phases"], strict=True):
             phase.sampler.load_state_dict(one)
 
-    def _at(self, progress: float) -> Sampler:
-        end = 0.0
-        total = sum(phase.share for phase in self.phases)
-        for phase in self.phases:
-            end += phase.share / total
-            if progress < end:
-                return phase.sampler
-        return self.phases[-1].sampler
+    def _at(self, step: int, steps: int | None) -> tuple[int, int, int]:
+        """The phase in which a step lies, its first step and how many it has."""
+        if steps is None:
+            raise SettingError("phases need to know the number of steps; pass steps=")
+        shares = list(itertools.accumulate(phase.share for phase in self.phases))
+        ends = [round(share / shares[-1] * steps) for share in shares]
+        last = len(ends) - 1
+        index = next((i for i, end in enumerate(ends) if step < end), last)
+        first = ends[index - 1] if index else 0
+        return index, first, max(1, ends[index] - first)

@@ -24,6 +24,7 @@ from supple.testing.toys import (
     mlp,
     output,
 )
+from supple.training.step import StepOptions
 
 __all__ = ["CHECKS", "network"]
 
@@ -33,8 +34,9 @@ def check_rule_learns(technique: Rule) -> None:
     net = network()
     sizes = (net.space.smallest(), net.space.largest())
     before = [_loss_at(net, size) for size in sizes]
-    run = _start(technique, net)
-    for batch in _batches() * 5:
+    batches = _batches() * 5
+    run = _start(technique, net, steps=len(batches))
+    for batch in batches:
         for role, loss in run.step(batch).items():
             assert math.isfinite(loss), f"the loss of role '{role}' is {loss}"
     after = [_loss_at(net, size) for size in sizes]
@@ -130,9 +132,15 @@ def _start(
     *,
     loss: Callable[[Tensor, Any], Tensor] = _loss,
     seed: int = 7,
+    steps: int = 4,
 ) -> Any:
-    optimizer = optimizer or _optimizer(net)
-    return technique.start(net, optimizer, loss=loss, generator=generator(seed))
+    return technique.start(
+        net,
+        optimizer or _optimizer(net),
+        loss=loss,
+        generator=generator(seed),
+        options=StepOptions(steps=steps),
+    )
 
 
 def _loss_at(net: Elastic, size: Config) -> float:

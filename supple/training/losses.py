@@ -68,9 +68,9 @@ class Distillation:
     r"""One role learns from labels, and the others from its output on the same batch.
 
     A student minimises
-    $w\,\text{loss} + T^2\,H(\text{softmax}(z_t / T), \text{softmax}(z_s / T))$,
+    $w\,\text{loss} + v\,T^2\,H(\text{softmax}(z_t / T), \text{softmax}(z_s / T))$,
     where $z_t$ are the teacher's detached logits, averaged over its passes where there are
-    several, and $w$ is `labels`. Positions that are labelled -100 don't count.
+    several, $w$ is `labels` and $v$ is `soft`. Positions that are labelled -100 don't count.
 
     Args:
         loss: `loss(output, batch) -> scalar`, what the teacher minimises.
@@ -79,6 +79,7 @@ class Distillation:
         labels: $w$, at least 0: weight of the user's loss in the students' loss.
         dim: The dimension of the classes in the logits.
         taught: The roles that learn so; None for all but the teacher.
+        soft: $v$, at least 0: weight of the teacher's part in the students' loss.
     """
 
     loss: Loss
@@ -87,13 +88,15 @@ class Distillation:
     labels: float = 0.0
     dim: int = -1
     taught: frozenset[str] | None = None
+    soft: float = 1.0
     teachers: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise SettingError(f"temperature must be above 0, got {self.temperature}")
-        if not self.labels >= 0:
-            raise SettingError(f"labels must be at least 0, got {self.labels}")
+        for name in ("labels", "soft"):
+            if not getattr(self, name) >= 0:
+                raise SettingError(f"{name} must be at least 0, got {getattr(self, name)}")
         object.__setattr__(self, "teachers", frozenset({self.teacher}))
 
     def __call__(self, entry: Pass, output: Any, batch: Any, earlier: Earlier) -> Tensor:
@@ -117,7 +120,7 @@ class Distillation:
             )
             for seen in earlier[self.teacher]
         ]
-        total = torch.stack(each).mean()
+        total = self.soft * torch.stack(each).mean()
         if self.labels:
             total = total + self.labels * self.loss(output, batch)
         return total

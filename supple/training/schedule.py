@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from supple.errors import SettingError, nearest
 
-__all__ = ["Constant", "Cosine", "Exponential", "Schedule", "WarmUp", "schedule_of"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "Scaled",
+    "Schedule",
+    "WarmUp",
+    "schedule_of",
+]
 
 Schedule = Callable[[int, int], float]
 
@@ -73,6 +81,31 @@ class Exponential:
     def __call__(self, step: int, steps: int) -> float:
         """Gives the factor of a step."""
         return float(self.floor ** min(1.0, step / (self.until * steps)))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Another schedule times a number.
+
+    Args:
+        of: The other one.
+        factor: The number, above 0.
+
+    Example:
+        >>> Scaled(Constant(), 0.5)(3, 4)
+        0.5
+    """
+
+    of: Schedule
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise SettingError(f"factor must be above 0, got {self.factor}")
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Gives the factor of a step."""
+        return self.of(step, steps) * self.factor
 
 
 @dataclass(frozen=True)

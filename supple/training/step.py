@@ -244,7 +244,6 @@ class SizesRun:
         self._generator = generator
         self._teachers = {role: teacher.eval() for role, teacher in (teachers or {}).items()}
         self._kept: set[str] = set()
-        self._first_state = copy.deepcopy(optimizer.state_dict()["state"])
         self._owners = _trained(self._module, optimizer)
         self._reached: set[int] = set()
         self._base_lr = [float(group["lr"]) for group in optimizer.param_groups]
@@ -291,10 +290,16 @@ class SizesRun:
 
         To be called where weights were reordered or replaced: moments of other weights would
         be wrong. Methods that train in phases make a new optimizer for each.
+
+        Raises:
+            SettingError: The optimizer is one that makes its state when it is built.
         """
-        self.optimizer.load_state_dict(
-            {**self.optimizer.state_dict(), "state": copy.deepcopy(self._first_state)}
-        )
+        if isinstance(self.optimizer, torch.optim.Adagrad):
+            raise SettingError(
+                "Adagrad can't be restarted, as methods with phases do: it makes its sums when "
+                "it is built; use sgd, adam, adamw or rmsprop"
+            )
+        self.optimizer.state.clear()
         if self.average is not None:
             self.average = Average(self._module, self.average.decay)
 
@@ -313,9 +318,12 @@ class SizesRun:
     def state_dict(self) -> dict[str, Any]:
         """Gives everything needed to go on later but the weights and the optimizer's state."""
         return {
-            "teachers": {role: _tensors_of(self._teachers[role]) for role in sorted(self._kept)},
+            "teachers": {
+                role: _tensors_of(self._teachers[role]) for role in sorted(self._kept)
+            },
             "steps": self.steps,
             "passes": self.passes,
+            "base_lr": list(self._base_lr),
             "reached": sorted(self._reached),
             "sampler": self.sampler.state_dict(),
             "generator": None if self._generator is None else self._generator.get_state(),
@@ -326,13 +334,14 @@ class SizesRun:
         """Goes on from what `state_dict` gave."""
         self.steps = state["steps"]
         self.passes = state["passes"]
+        self._base_lr = list(state["base_lr"])
         self._reached = set(state["reached"])
         self.sampler.load_state_dict(state["sampler"])
         if self._generator is not None:
             self._generator.set_state(state["generator"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        for role, saved in state.get("teachers", {}).items():
+        for role, saved in state["teachers"].items():
             self._teachers[role] = _frozen_copy(self._module)
             with torch.no_grad():
                 for name, tensor in _tensors_of(self._teachers[role]).items():

@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from supple.errors import SettingError
 from supple.space import Site, Space
 from supple.supernet.base import (
+    BandSampler,
     NestedSampler,
     Phase,
     PhasedSampler,
@@ -21,10 +23,11 @@ from supple.supernet.base import (
     SandwichSampler,
     SupernetRule,
     nested_chain,
+    random_in_band,
 )
-from supple.training.losses import Distillation
-from supple.training.schedule import Constant
-from supple.training.step import Pass, Sampler, StepOptions
+from supple.training.losses import Distillation, Labels
+from supple.training.schedule import Constant, Scaled
+from supple.training.step import Pass, Sampler, SizesRun, StepOptions, WholeOnly
 from tests.training import stub
 
 
@@ -192,3 +195,142 @@ def test_a_plain_module_is_refused():
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     with pytest.raises(SettingError, match="Plain trains an elastic network"):
         Plain().start(module, optimizer, loss=stub.loss)
+
+
+@dataclass(frozen=True)
+class Entering:
+    """Writes down who entered, and where the run was."""
+
+    name: str
+    told: list[tuple[str, int]]
+
+    def __call__(self, run) -> None:
+        self.told.append((self.name, run.steps))
+
+
+def phased(told: list[tuple[str, int]], shares=(2, 0.01, 1, 1)) -> PhasedSampler:
+    return PhasedSampler(
+        [
+            Phase(share, WholeOnly(role=name), Scaled(Linear(), factor), Entering(name, told))
+            for share, name, factor in zip(shares, "abcd", (1.0, 3.0, 0.5, 0.25), strict=True)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Falls linearly to 0."""
+
+    def __call__(self, step, steps):
+        return 1 - step / steps
+
+
+def test_phases_are_entered_in_order_once_also_where_they_have_no_step():
+    net, told = stub.mlp(), []
+    options = StepOptions(steps=8)
+    optimizer = torch.optim.SGD(net.module.parameters(), lr=0.1)
+    run = SizesRun(net.module, optimizer, phased(told), Labels(stub.loss), options=options)
+    rates = []
+    for batch in stub.vectors(8):
+        run.step(batch)
+        rates.append(run.lr)
+    assert told == [("a", 0), ("b", 4), ("c", 4), ("d", 6)]
+    # each phase has its own course of the rate
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.05, 0.025, 0.025, 0.0125])
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 7])
+def test_a_resumed_run_does_not_enter_a_phase_again(stop):
+    net, told = stub.mlp(), []
+    options = StepOptions(steps=8)
+    optimizer = torch.optim.SGD(net.module.parameters(), lr=0.1)
+
+    def begun() -> SizesRun:
+        return SizesRun(net.module, optimizer, phased(told), Labels(stub.loss), options=options)
+
+    first = begun()
+    for batch in stub.vectors(8)[:stop]:
+        first.step(batch)
+    second = begun()
+    second.load_state_dict(first.state_dict())
+    for batch in stub.vectors(8)[stop:]:
+        second.step(batch)
+    assert told == [("a", 0), ("b", 4), ("c", 4), ("d", 6)]
+
+
+def test_phases_without_schedules_leave_the_rate_alone():
+    phases = PhasedSampler([Phase(1, WholeOnly()), Phase(1, WholeOnly())])
+    assert phases.rate(0, 4) is None
+
+
+def sums(rows):
+    return space().choices_of(space().canonical_many(rows)).sum(1)
+
+
+@pytest.mark.parametrize("cost", [11, 16, 19])
+def test_a_config_of_a_cost_is_found_also_where_it_is_rare(cost):
+    found = {random_in_band(space(), sums, cost, cost, seed) for seed in range(20)}
+    assert {int(sums(space().encode(config)[None])[0]) for config in found} == {cost}
+    assert len(found) > 1 or cost == 19
+
+
+def test_a_thin_band_is_reached_by_moves():
+    sites = [Site(f"s{i}", "width", (0, 1, 2, 3), 3) for i in range(24)]
+    wide = Space(sites)
+    config = random_in_band(wide, lambda rows: rows.sum(1), 0, 1, 0)
+    assert sum(config.values()) <= 1  # a uniform draw is there with probability 25 / 4**24
+
+
+def test_a_band_without_sizes_names_the_nearest_cost():
+    with pytest.raises(SettingError, match=r"from 30 to 40 .* the nearest costs 20"):
+        random_in_band(space(), sums, 30, 40, 0, tries=3)
+
+
+class Priced(stub.Stub):
+    """Costs the square of its width."""
+
+    def costs(self, configs):
+        widths = self.space.choices_of(configs)[:, self.space.column("width")]
+        return {"macs": widths**2}
+
+
+def test_bands_of_costs_are_drawn_uniformly_and_sizes_fit_them():
+    net = Priced(stub.mlp().module)
+    sampler = BandSampler(net.space, source(), bands=3, count=2)
+    optimizer = torch.optim.SGD(net.module.parameters(), lr=0.1)
+    run = SizesRun(net, optimizer, sampler, Labels(stub.loss), generator=source())
+    run.step(stub.vectors()[0])
+    drawn = [entry for step in range(300) for entry in sampler.sample(step, None)]
+    counts = Counter((entry.role, entry.config["width"]) for entry in drawn)
+    # costs 4, 16, 36, 64 in bands that end at 24, 44, 64
+    roles = Counter(entry.role for entry in drawn)
+    assert all(count == pytest.approx(200, abs=40) for count in roles.values())
+    assert counts.keys() == {("band-0", 2), ("band-0", 4), ("band-1", 6), ("band-2", 8)}
+
+
+def test_bands_can_be_preferred():
+    class Small(BandSampler):
+        def probabilities(self, step, steps):
+            return np.array([1.0, 0.0, 0.0])
+
+    net = Priced(stub.mlp().module)
+    optimizer = torch.optim.SGD(net.module.parameters(), lr=0.1)
+    run = SizesRun(net, optimizer, Small(net.space, source(), 3), Labels(stub.loss))
+    assert run.step(stub.vectors()[0]).keys() == {"band-0"}
+    with pytest.raises(SettingError, match="bands and count"):
+        BandSampler(net.space, source(), bands=0)
+
+
+def test_bands_of_a_subspace_have_its_own_costs():
+    class Counted(Priced):
+        def costs(self, configs):
+            return super().costs(self.space.encode_many(configs))
+
+    net = Counted(stub.mlp().module)
+    half = net.space.subspace({"width": (4, 6)})
+    optimizer = torch.optim.SGD(net.module.parameters(), lr=0.1)
+    sampler = BandSampler(half, source(), bands=2)
+    SizesRun(net, optimizer, sampler, Labels(stub.loss)).step(stub.vectors()[0])
+    drawn = [entry for _ in range(40) for entry in sampler.sample(0, None)]
+    widths = {(entry.role, entry.config["width"]) for entry in drawn}
+    assert widths == {("band-0", 4), ("band-1", 6)}

@@ -454,3 +454,100 @@ def test_an_optimizer_over_other_parameters_is_refused():
 def test_options_are_checked(settings, message):
     with pytest.raises(SettingError, match=message):
         StepOptions(**settings)
+
+
+def test_a_restart_forgets_moments_and_the_average():
+    net, batches = stub.mlp(), stub.vectors()
+    optimizer = sgd(net, momentum=0.9)
+    options = StepOptions(ema=0.5)
+    run = started(net, passes(net, (FULL, "a")), optimizer=optimizer, options=options)
+    for batch in batches[:2]:
+        run.step(batch)
+    assert optimizer.state
+    run.restart()
+    assert not optimizer.state
+    assert run.average.updates == 0
+    # as a run with a new optimizer goes on from these weights
+    other = stub.mlp()
+    other.module.load_state_dict(net.module.state_dict())
+    fresh = started(other, passes(net, (FULL, "a")), optimizer=sgd(other, momentum=0.9))
+    for batch in batches[2:]:
+        run.step(batch)
+        fresh.step(batch)
+    assert stub.equal(stub.weights(net.module), stub.weights(other.module))
+
+
+def test_adagrad_is_not_restarted():
+    net = stub.mlp()
+    adagrad = torch.optim.Adagrad(net.module.parameters())
+    run = started(net, passes(net, (FULL, "a")), optimizer=adagrad)
+    with pytest.raises(SettingError, match="Adagrad can't be restarted"):
+        run.restart()
+
+
+def test_a_kept_teacher_is_the_network_as_it_was_and_is_saved():
+    net, batches = stub.cnn(dropout=0.5), stub.images()
+    criterion = Distillation(stub.loss, "old", labels=1.0, taught=frozenset({"small"}))
+    small = [Pass(net.space.config(width=4), "small")]
+
+    def begun(net: stub.Stub) -> SizesRun:
+        return started(net, small, criterion=criterion)
+
+    run = begun(net)
+    run.keep_teacher("old")
+    before = stub.weights(net.module)
+    run.step(batches[0])
+    teacher = stub.cnn(dropout=0.5)
+    teacher.module.load_state_dict(before)
+    teacher.module.eval()
+    again = begun(net)
+    again.load_state_dict(run.state_dict())
+    for one in (run, again):
+        kept = one._teachers["old"]
+        assert not kept.training
+        assert not any(p.requires_grad for p in kept.parameters())
+        assert torch.equal(kept(batches[1][0]), teacher.module(batches[1][0]))
+    assert not stub.equal(stub.weights(net.module), before)
+
+
+@dataclass(frozen=True)
+class Halving(Fixed):
+    """Halves the rate from step to step."""
+
+    def rate(self, step: int, steps: int | None) -> float:
+        return 0.5**step
+
+
+def test_a_samplers_rate_multiplies_the_schedule_and_needs_no_number_of_steps():
+    net = stub.mlp()
+    sampler = Halving(tuple(passes(net, (FULL, "a"))))
+    run = SizesRun(net, sgd(net), sampler, Labels(stub.loss))
+    rates = []
+    for batch in stub.vectors():
+        run.step(batch)
+        rates.append(run.lr)
+    assert rates == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+    options = StepOptions(schedule=lambda step, steps: 1 - step / steps, steps=4)
+    run = SizesRun(net, sgd(net), sampler, Labels(stub.loss), options=options)
+    run.step(stub.vectors()[0])
+    run.step(stub.vectors()[1])
+    assert run.lr == pytest.approx(0.1 * 0.75 * 0.5)
+    # a run that goes on with the same optimizer knows the rate that it began with
+    again = SizesRun(net, run.optimizer, sampler, Labels(stub.loss), options=options)
+    again.load_state_dict(run.state_dict())
+    again.step(stub.vectors()[2])
+    assert again.lr == pytest.approx(0.1 * 0.5 * 0.25)
+
+
+def test_the_sampler_may_begin_each_step():
+    class Beginning(Fixed):
+        def begin(self, run: SizesRun) -> None:
+            begun.append((run.steps, run.options.steps))
+
+    begun: list[tuple[int, int | None]] = []
+    net = stub.mlp()
+    sampler = Beginning(tuple(passes(net, (FULL, "a"))))
+    run = SizesRun(net, sgd(net), sampler, Labels(stub.loss), options=StepOptions(steps=7))
+    for batch in stub.vectors()[:2]:
+        run.step(batch)
+    assert begun == [(0, 7), (1, 7)]
