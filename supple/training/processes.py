@@ -11,9 +11,11 @@ others' exchanges fail.
 from __future__ import annotations
 
 import contextlib
+import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,10 +33,12 @@ __all__ = [
     "broadcast",
     "failing_together",
     "rank",
+    "told",
     "world_size",
 ]
 
 _FAILED, _FINE = "!", "."
+_TOLD = "_told_to_all_ranks"
 _BYTES = 512  # of what a rank says, a checksum of the whole of it included
 
 
@@ -89,7 +93,8 @@ def failing_together() -> Iterator[None]:
     except RankError:  # they know, or can't be reached
         raise
     except Exception as error:
-        if world_size() > 1:
+        if world_size() > 1 and not getattr(error, _TOLD, False):
+            setattr(error, _TOLD, True)  # nobody waits to hear it twice
             with contextlib.suppress(RankError):
                 _said(_FAILED, f"{type(error).__name__}: {error}")
         raise
@@ -122,6 +127,34 @@ def broadcast(module: nn.Module) -> None:
     with _reaching():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def told(words: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Gives every rank what rank 0 says.
+
+    Args:
+        words: What JSON can hold; only rank 0's count.
+
+    Returns:
+        Rank 0's words.
+
+    Raises:
+        RankError: Another rank has failed, is elsewhere or is gone.
+    """
+    if world_size() == 1:
+        return dict(words or {})
+    agree("what rank 0 says")
+    text = bytearray(json.dumps(dict(words or {})).encode())
+    length = torch.tensor([len(text)], device=_device())
+    with _reaching():
+        dist.broadcast(length, 0)
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if rank() == 0:
+            content = torch.frombuffer(text, dtype=torch.uint8)
+        content = content.to(_device())
+        dist.broadcast(content, 0)
+    said: dict[str, Any] = json.loads(bytes(content.tolist()))
+    return said
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
