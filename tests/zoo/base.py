@@ -6,10 +6,13 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from supple.space import Space
 
 Entry = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -17,6 +20,8 @@ Entry = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 @dataclass(frozen=True)
 class Expected:
     """What somebody who knows the architecture expects to be elastic, and what not.
+
+    In patterns `*` stands for anything; brackets are themselves (`*.weight[2, 3]`).
 
     Attributes:
         sites: "axis name-pattern" -> how many sites match; together the patterns match every
@@ -26,6 +31,33 @@ class Expected:
 
     sites: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def differences(self, space: Space) -> list[str]:
+        """What of it does not hold in a space, a sentence each; empty if all does."""
+        named = {f"{site.axis} {site.name}" for site in space.sites}
+        found = [
+            f"{count} sites are expected for '{pattern}', these are there: {there}"
+            for pattern, count in self.sites.items()
+            if len(there := sorted(n for n in named if matches(n, pattern))) != count
+        ]
+        for name in sorted(named):
+            hits = [pattern for pattern in self.sites if matches(name, pattern)]
+            if len(hits) != 1:
+                found.append(f"the site '{name}' is matched by {hits or 'nothing'}")
+        unused = set(self.fixed)
+        for entry in space.fixed:
+            hits = [
+                p for p, r in self.fixed.items() if matches(entry.name, p) and r in entry.reason
+            ]
+            unused -= set(hits)
+            if not hits:
+                found.append(f"'{entry.name}' is fixed unexpectedly: {entry.reason}")
+        return [*found, *(f"'{pattern}' is not fixed for its reason" for pattern in unused)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name matches a pattern in which only `*` is special."""
+    return fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
 ZOO: dict[str, Callable[[], Entry]] = {}

@@ -42,7 +42,21 @@ class DenseNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-@family()
+@family(
+    sites={
+        "width stem": 1,
+        "width first.norms.*": 2,
+        "width first.convs.2": 1,
+        "width transition": 1,
+        "width second.norms.1": 1,
+        "width second.convs.1": 1,
+    },
+    fixed={
+        "stem.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def densenet() -> Entry:
     return DenseNet(), (image(16),), {}
 
@@ -73,7 +87,20 @@ class SqueezeExciteBlock(nn.Module):
         return F.relu(x + self.gate(self.norm2(self.conv2(inner))))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.conv1": 2,
+        "width *.gate.down": 2,
+        "depth depth": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "5.weight[0]": "output",
+        "*": "changes the shape",
+    },
+)
 def squeeze_excite() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3, stride=2, padding=1),
@@ -105,7 +132,23 @@ class OptionABlock(nn.Module):
         return F.relu(out + x)
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.conv1": 6,
+        "depth depth": 1,
+        "depth depth#2": 1,
+        "depth depth#3": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "11.weight[0]": "output",
+        "*": "changes the shape",
+        "1": "computes nothing",
+        "2": "computes nothing",
+    },
+)
 def resnet_option_a() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, 1, 1, bias=False),
@@ -124,7 +167,23 @@ def resnet_option_a() -> Entry:
     return model, (image(16),), {}
 
 
-@family()
+@family(
+    sites={
+        "width stem.0": 1,
+        "width stages.*.*.expand.*": 7,
+        "width stages.*.*.squeeze.reduce": 4,
+        "width stages.*.*.project.*": 3,
+        "width last.0": 1,
+        "width hidden": 1,
+        "depth stages.*.depth": 3,
+    },
+    fixed={
+        "stem.0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+        "stages.*.*": "changes the shape",
+    },
+)
 def mobilenet_v3() -> Entry:
     from supple.models.base import build
 
@@ -153,7 +212,21 @@ class ResNeXtBlock(nn.Module):
         return F.relu(x + self.norm3(self.expand(inner)))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.reduce": 2,
+        "width *.reduce#2": 2,
+        "width *.grouped": 2,
+        "depth depth": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "5.weight[0]": "output",
+        "*": "changes the shape",
+    },
+)
 def resnext() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 28, 3, padding=1),
@@ -195,7 +268,25 @@ class UNet(nn.Module):
         return self.head(x)
 
 
-@family()
+@family(
+    sites={
+        "width down1.conv": 1,
+        "width down1.conv#2": 1,
+        "width down2.conv": 1,
+        "width down2.conv#2": 1,
+        "width middle.conv": 1,
+        "width middle.conv#2": 1,
+        "width up2.conv": 1,
+        "width up2.conv#2": 1,
+        "width up1.conv": 1,
+        "width up1.conv#2": 1,
+    },
+    fixed={
+        "down1.conv.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def unet() -> Entry:
     return UNet(), (image(16),), {}
 
@@ -227,7 +318,17 @@ class ShuffleBlock(nn.Module):
         return channel_shuffle(torch.cat([left, right], 1), 2)
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.expand": 2,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "7.weight[0]": "output",
+    },
+)
 def shufflenet() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1, bias=False),
@@ -242,7 +343,19 @@ def shufflenet() -> Entry:
     return model, (image(16),), {}
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width 4": 1,
+        "width 4#2": 1,
+        "width 7": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "9.weight[1]": "output",
+    },
+)
 def conv_transposed_decoder() -> Entry:
     model = nn.Sequential(
         nn.Linear(13, 40 * 4 * 4),
@@ -306,7 +419,22 @@ class DeepLab(nn.Module):
         return F.interpolate(out, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-@family()
+@family(
+    sites={
+        "width low.0": 1,
+        "width high.0": 1,
+        "width pyramid.branches.*.*": 3,
+        "width pyramid.pool.1": 1,
+        "width pyramid.project": 1,
+        "width reduce": 1,
+        "width head.0": 1,
+    },
+    fixed={
+        "low.0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.2.weight[0]": "output",
+    },
+)
 def deeplab() -> Entry:
     return DeepLab(), (image(16),), {}
 
@@ -324,7 +452,17 @@ class ConvMixerBlock(nn.Module):
         return self.norm2(F.gelu(self.pointwise(x)))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.pointwise": 3,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "8.weight[0]": "output",
+    },
+)
 def conv_mixer() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 28, 4, stride=4),
@@ -376,7 +514,24 @@ class ConvNeXtBlock(nn.Module):
         return x + y.permute(0, 3, 1, 2)
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.up": 4,
+        "width 5": 1,
+        "depth depth": 1,
+        "depth depth#2": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "11.weight[0]": "output",
+        "*": "changes the shape",
+        "1": "computes nothing",
+        "4": "computes nothing",
+        "10": "computes nothing",
+    },
+)
 def convnext_by_hand() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 20, 4, stride=4),
@@ -428,7 +583,19 @@ class SuperResolution(nn.Module):
         return self.shuffle(self.up2(x))
 
 
-@family()
+@family(
+    sites={
+        "width first": 1,
+        "width body.*.conv1": 3,
+        "width up1": 1,
+        "depth body.depth": 1,
+    },
+    fixed={
+        "first.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "up2.weight[0]": "output",
+    },
+)
 def super_resolution() -> Entry:
     return SuperResolution(), (image(8),), {}
 
@@ -445,7 +612,18 @@ class Focus(nn.Module):
         return self.conv(torch.cat(corners, 1))
 
 
-@family()
+@family(
+    sites={
+        "width 0.conv": 1,
+        "width 3": 1,
+        "width 6": 1,
+    },
+    fixed={
+        "0.conv.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "10.weight[0]": "output",
+    },
+)
 def space_to_depth() -> Entry:
     model = nn.Sequential(
         Focus(3, 14),
@@ -484,7 +662,22 @@ class Stage3d(nn.Module):
         return F.relu(x + self.norm3(self.project(F.silu(y * gate))))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.*.expand": 4,
+        "width *.*.down": 4,
+        "width 5": 1,
+        "depth *.depth": 2,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[3, 4]": "kernel size",
+        "*[2]": "kernel size",
+        "*[2, 3, 4]": "kernel size",
+        "9.weight[0]": "output",
+    },
+)
 def x3d() -> Entry:
     model = nn.Sequential(
         nn.Conv3d(3, 18, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), bias=False),
@@ -519,7 +712,23 @@ class FactorizedBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.norm2(self.time(y)))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.space": 3,
+        "width 3.time": 1,
+        "depth depth": 1,
+        "depth depth#2": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3, 4]": "kernel size",
+        "*[3, 4]": "kernel size",
+        "*[2]": "kernel size",
+        "7.weight[0]": "output",
+        "*": "changes the shape",
+    },
+)
 def r2plus1d() -> Entry:
     model = nn.Sequential(
         nn.Conv3d(3, 14, 3, padding=1),
@@ -562,7 +771,17 @@ class VariationalAutoencoder(nn.Module):
         return self.decoder(z.view(z.shape[0], -1, 4, 4)), divergence
 
 
-@family()
+@family(
+    sites={
+        "width encoder.*": 2,
+        "width moments": 1,
+        "width expand": 1,
+        "width decoder.0": 1,
+    },
+    fixed={
+        "*[2, 3]": "kernel size",
+    },
+)
 def vae() -> Entry:
     return VariationalAutoencoder(), (image(16, 1),), {}
 
@@ -589,7 +808,16 @@ class Siamese(nn.Module):
         return self.head(torch.cat([(a - b).abs(), a * b], 1))
 
 
-@family()
+@family(
+    sites={
+        "width encoder.*": 3,
+    },
+    fixed={
+        "encoder.0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def siamese() -> Entry:
     return Siamese(), (image(8), image(8)), {}
 
@@ -615,14 +843,37 @@ class SeveralInputs(nn.Module):
         return {"label": self.label(features), "value": self.value(features).squeeze(1)}
 
 
-@family()
+@family(
+    sites={
+        "width image.*": 2,
+        "width row.0": 1,
+        "width category": 1,
+        "width join": 1,
+    },
+    fixed={
+        "image.0.weight[1]": "input dimension",
+        "row.0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "category.weight[0]": "looked up by index",
+        "label.weight[0]": "output",
+    },
+)
 def several_inputs() -> Entry:
     category = torch.randint(0, 12, (BATCH,))
     batch = {"image": image(8), "row": torch.randn(BATCH, 9), "category": category}
     return SeveralInputs(), (batch,), {}
 
 
-@family()
+@family(
+    sites={
+        "width *": 2,
+    },
+    fixed={
+        "0.parametrizations.weight.original1[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "6.weight[0]": "output",
+    },
+)
 def weight_normed() -> Entry:
     normed = nn.utils.parametrizations.weight_norm
     model = nn.Sequential(

@@ -74,7 +74,37 @@ class FeaturePyramid(nn.Module):
         return x.reshape(batch, -1, values)
 
 
-@family()
+@family(
+    sites={
+        "width stage1.0": 1,
+        "width stage1.*.conv1": 2,
+        "width stage1.*.conv2": 2,
+        "width stage2.0": 1,
+        "width stage2.*.conv1": 2,
+        "width stage2.*.conv2": 2,
+        "width stage3.0": 1,
+        "width stage3.*.conv1": 2,
+        "width stage3.*.conv2": 2,
+        "width lateral.0": 1,
+        "width smooth.0": 1,
+        "width tower": 1,
+        "depth stage1.depth": 1,
+        "depth stage2.depth": 1,
+        "depth stage3.depth": 1,
+    },
+    fixed={
+        "stage1.0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "classes.weight[0]": "output",
+        "boxes.weight[0]": "output",
+        "stage1.0": "changes the shape",
+        "stage2.0": "changes the shape",
+        "stage3.0": "changes the shape",
+        "stage1.*": "computes nothing",
+        "stage2.*": "computes nothing",
+        "stage3.*": "computes nothing",
+    },
+)
 def feature_pyramid() -> Entry:
     return FeaturePyramid(), (image(32),), {}
 
@@ -111,7 +141,33 @@ class DETR(nn.Module):
         return {"labels": self.label(hidden), "boxes": self.box(hidden).sigmoid()}
 
 
-@family()
+@family(
+    sites={
+        "width queries": 1,
+        "width backbone.0.0": 1,
+        "width backbone.*.*.conv1": 2,
+        "width backbone.*.*.conv2": 2,
+        "width backbone.1.0": 1,
+        "width transformer.encoder.layers.*.linear1": 2,
+        "width transformer.decoder.layers.*.linear1": 2,
+        "width box.0": 1,
+        "depth backbone.*.depth": 2,
+        "depth transformer.encoder.layers.depth": 1,
+        "depth transformer.decoder.layers.depth": 1,
+    },
+    fixed={
+        "queries[0]": "output",
+        "label.weight[0]": "output",
+        "box.2.weight[0]": "output",
+        "rows[0]": "a spatial size",
+        "columns[0]": "a spatial size",
+        "backbone.0.0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "backbone.*.0": "changes the shape",
+        "backbone.*.1": "computes nothing",
+        "backbone.*.2": "computes nothing",
+    },
+)
 def detr() -> Entry:
     return DETR(), (image(16),), {}
 
@@ -212,12 +268,74 @@ class YOLO(nn.Module):
         return x.permute(0, 1, 3, 4, 2).contiguous()
 
 
-@family()
+@family(
+    sites={
+        "width stem.conv": 1,
+        "width down1.conv": 1,
+        "width stage1.cv1.conv": 1,
+        "width stage1.cv2.conv": 1,
+        "width stage1.m.*.cv1.conv": 2,
+        "width stage1.cv3.conv": 1,
+        "width down2.conv": 1,
+        "width stage2.cv1.conv": 1,
+        "width stage2.cv2.conv": 1,
+        "width stage2.m.*.cv1.conv": 2,
+        "width stage2.cv3.conv": 1,
+        "width pyramid.cv1.conv": 1,
+        "width pyramid.cv2.conv": 1,
+        "width lateral.conv": 1,
+        "width up.cv1.conv": 1,
+        "width up.cv2.conv": 1,
+        "width up.m.0.cv1.conv": 1,
+        "width up.cv3.conv": 1,
+        "width down.conv": 1,
+        "width out.cv1.conv": 1,
+        "width out.cv2.conv": 1,
+        "width out.m.0.cv1.conv": 1,
+        "width out.cv3.conv": 1,
+        "depth stage1.m.depth": 1,
+        "depth stage2.m.depth": 1,
+    },
+    fixed={
+        "stem.conv.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "detect.*.weight[0]": "output",
+    },
+)
 def yolo_v5() -> Entry:
     return YOLO(C3), (image(16),), {}
 
 
-@family()
+@family(
+    sites={
+        "width stem.conv": 1,
+        "width down1.conv": 1,
+        "width stage1.cv1.conv": 1,
+        "width stage1.cv2.conv": 1,
+        "width stage1.m.*.cv1.conv": 2,
+        "width down2.conv": 1,
+        "width stage2.cv1.conv": 1,
+        "width stage2.cv2.conv": 1,
+        "width stage2.m.*.cv1.conv": 2,
+        "width pyramid.cv1.conv": 1,
+        "width pyramid.cv2.conv": 1,
+        "width lateral.conv": 1,
+        "width up.cv1.conv": 1,
+        "width up.cv2.conv": 1,
+        "width up.m.0.cv1.conv": 1,
+        "width down.conv": 1,
+        "width out.cv1.conv": 1,
+        "width out.cv2.conv": 1,
+        "width out.m.0.cv1.conv": 1,
+    },
+    fixed={
+        "stem.conv.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "detect.*.weight[0]": "output",
+        "stage1.m.*": "its output is joined with those of other blocks",
+        "stage2.m.*": "its output is joined with those of other blocks",
+    },
+)
 def yolo_v8() -> Entry:
     return YOLO(C2f), (image(16),), {}
 
@@ -237,7 +355,22 @@ class CrossStagePartial(nn.Module):
         return self.join(torch.cat([past, self.transition(self.blocks(through))], 1))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.blocks.*.conv1": 4,
+        "width *.blocks.*.conv2": 4,
+        "width *.transition": 2,
+        "width *.join": 2,
+        "width 2": 1,
+        "depth *.blocks.depth": 2,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "6.weight[0]": "output",
+    },
+)
 def cross_stage_partial() -> Entry:
     model = nn.Sequential(
         nn.Conv2d(3, 26, 3, padding=1),

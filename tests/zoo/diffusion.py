@@ -85,7 +85,35 @@ class DenoisingUNet(nn.Module):
         return self.head(F.silu(self.norm(x)))
 
 
-@family()
+@family(
+    sites={
+        "width embed.*": 2,
+        "width down1.conv1": 1,
+        "width down1.conv1#2": 1,
+        "width shrink": 1,
+        "width shrink#2": 1,
+        "width down2.conv1": 1,
+        "width down2.conv1#2": 1,
+        "width down2.conv2": 1,
+        "width middle.conv1": 1,
+        "width middle.conv1#2": 1,
+        "width up2.conv1": 1,
+        "width up2.conv1#2": 1,
+        "width up2.conv2": 1,
+        "width up1.conv1": 1,
+        "width up1.conv1#2": 1,
+        "width up1.conv2": 1,
+        "width up1.conv2#2": 1,
+    },
+    fixed={
+        "embed.0.weight[1]": "it counts positions",
+        "stem.weight[0]": "two incompatible inner structures meet in a group norm",
+        "grow.weight[0]": "two incompatible inner structures meet in a group norm",
+        "stem.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def diffusion_unet() -> Entry:
     return DenoisingUNet(), (image(8), torch.tensor([3.0, 11.0])), {}
 
@@ -143,7 +171,22 @@ class DiT(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", x).reshape(x.shape[0], 4, 8, 8)
 
 
-@family()
+@family(
+    sites={
+        "width positions": 1,
+        "width time.*": 2,
+        "width blocks.*.fc1": 3,
+        "depth blocks.depth": 1,
+    },
+    fixed={
+        "positions[1]": "a spatial size",
+        "patch.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "time.0.weight[1]": "it counts positions",
+        "label.weight[0]": "looked up by index",
+        "head.weight[0]": "output",
+    },
+)
 def dit() -> Entry:
     label = torch.randint(0, 11, (BATCH,))
     return DiT(), (image(8, 4), torch.tensor([3.0, 11.0]), label), {}

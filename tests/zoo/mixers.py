@@ -41,7 +41,20 @@ class PatchNetwork(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-@family()
+@family(
+    sites={
+        "width patch": 1,
+        "width blocks.*.tokens.*": 3,
+        "width blocks.*.channels.*": 3,
+        "depth blocks.depth": 1,
+    },
+    fixed={
+        "patch.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "blocks.0.tokens.0.weight[1]": "a spatial size",
+        "head.weight[0]": "output",
+    },
+)
 def mlp_mixer() -> Entry:
     blocks = [MixerBlock(30, 16, 22, 58) for _ in range(3)]
     return PatchNetwork(30, blocks), (image(16),), {}
@@ -73,7 +86,19 @@ class ResMLPBlock(nn.Module):
         return x + self.gain2 * self.fc2(F.gelu(self.fc1(self.affine2(x))))
 
 
-@family()
+@family(
+    sites={
+        "width patch": 1,
+        "width blocks.*.fc1": 3,
+        "depth blocks.depth": 1,
+    },
+    fixed={
+        "patch.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "blocks.0.mix.weight[0]": "a spatial size",
+        "head.weight[0]": "output",
+    },
+)
 def res_mlp() -> Entry:
     blocks = [ResMLPBlock(26, 16, 62) for _ in range(3)]
     return PatchNetwork(26, blocks), (image(16),), {}
@@ -95,7 +120,19 @@ class SpatialGate(nn.Module):
         return x + self.down(u * self.mix(self.gate_norm(v)))
 
 
-@family()
+@family(
+    sites={
+        "width patch": 1,
+        "width blocks.*.up": 3,
+        "depth blocks.depth": 1,
+    },
+    fixed={
+        "patch.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "blocks.0.mix.weight[0]": "a spatial size",
+        "head.weight[0]": "output",
+    },
+)
 def gated_mlp() -> Entry:
     blocks = [SpatialGate(26, 34, 16) for _ in range(3)]
     return PatchNetwork(26, blocks), (image(16),), {}
@@ -137,7 +174,18 @@ class AxialNetwork(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
-@family()
+@family(
+    sites={
+        "width stem": 1,
+        "heads blocks.*.heads": 4,
+        "depth blocks.depth": 1,
+    },
+    fixed={
+        "stem.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def axial_attention() -> Entry:
     return AxialNetwork(), (torch.randn(BATCH, 3, 16, 20),), {}
 
@@ -160,7 +208,20 @@ class TemporalBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-@family()
+@family(
+    sites={
+        "width *.conv1": 4,
+        "width *.conv2": 2,
+        "depth depth": 1,
+        "depth depth#2": 1,
+    },
+    fixed={
+        "0.conv1.parametrizations.weight.original1[1]": "input dimension",
+        "*[2]": "kernel size",
+        "4.weight[0]": "output",
+        "*": "changes the shape",
+    },
+)
 def temporal_convolution() -> Entry:
     model = nn.Sequential(
         TemporalBlock(13, 22, 1),
@@ -203,7 +264,20 @@ class WaveNet(nn.Module):
         return self.head(F.relu(self.hidden(F.relu(total))))
 
 
-@family()
+@family(
+    sites={
+        "width embed": 1,
+        "width blocks.*.dilated": 3,
+        "width blocks.0.skip": 1,
+        "width hidden": 1,
+    },
+    fixed={
+        "embed.weight[0]": "looked up by index",
+        "*[2]": "kernel size",
+        "head.weight[0]": "output",
+        "blocks.*": "what it computes beside its output is used later",
+    },
+)
 def wavenet() -> Entry:
     return WaveNet(), (tokens(),), {}
 
@@ -265,7 +339,23 @@ class SpeakerNetwork(nn.Module):
         return self.head(self.embed(self.stats(torch.cat([mean, spread], 1))))
 
 
-@family()
+@family(
+    sites={
+        "width stem": 1,
+        "width blocks.*.into": 3,
+        "width blocks.*.convs.*": 3,
+        "width blocks.*.down": 3,
+        "width join": 1,
+        "width attend.0": 1,
+        "width embed": 1,
+    },
+    fixed={
+        "stem.weight[1]": "input dimension",
+        "*[2]": "kernel size",
+        "head.weight[0]": "output",
+        "blocks.*": "its output is joined with those of other blocks",
+    },
+)
 def speaker_tdnn() -> Entry:
     return SpeakerNetwork(), (torch.randn(BATCH, 13, 16),), {}
 
@@ -291,7 +381,15 @@ def graph(nodes: int) -> Tensor:
     return edges + edges.mT
 
 
-@family()
+@family(
+    sites={
+        "width convs.*": 3,
+    },
+    fixed={
+        "convs.0.weight[1]": "input dimension",
+        "head.weight[0]": "output",
+    },
+)
 def graph_convolution() -> Entry:
     return GraphConvolution(), (torch.randn(BATCH, 9, 13), graph(9)), {}
 
@@ -328,6 +426,15 @@ class GraphAttention(nn.Module):
         return self.head(F.elu(self.second(x, adjacency)))
 
 
-@family()
+@family(
+    sites={
+        "heads first.heads": 1,
+        "heads second.heads": 1,
+    },
+    fixed={
+        "first.project.weight[1]": "input dimension",
+        "head.weight[0]": "output",
+    },
+)
 def graph_attention() -> Entry:
     return GraphAttention(), (torch.randn(BATCH, 9, 13), graph(9)), {}

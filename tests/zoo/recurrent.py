@@ -22,7 +22,17 @@ class LSTMClassifier(nn.Module):
         return self.head(F.relu(self.hidden(states[:, -1])))
 
 
-@family()
+@family(
+    sites={
+        "width embed": 1,
+        "width lstm": 1,
+        "width hidden": 1,
+    },
+    fixed={
+        "embed.weight[0]": "looked up by index",
+        "head.weight[0]": "output",
+    },
+)
 def lstm() -> Entry:
     return LSTMClassifier(), (tokens(),), {}
 
@@ -43,7 +53,17 @@ class ConvolutionalRecurrent(nn.Module):
         return self.head(states)
 
 
-@family()
+@family(
+    sites={
+        "width conv": 1,
+        "width gru": 1,
+    },
+    fixed={
+        "conv.weight[1]": "input dimension",
+        "*[2]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def bidirectional_gru() -> Entry:
     return ConvolutionalRecurrent(), (torch.randn(BATCH, 13, LENGTH),), {}
 
@@ -67,7 +87,17 @@ class Sequence2Sequence(nn.Module):
         return self.head(torch.tanh(self.combine(both)))
 
 
-@family()
+@family(
+    sites={
+        "width embed": 1,
+        "width encoder": 1,
+        "width combine": 1,
+    },
+    fixed={
+        "embed.weight[0]": "looked up by index",
+        "head.weight[0]": "output",
+    },
+)
 def lstm_seq2seq() -> Entry:
     return Sequence2Sequence(), (tokens(), tokens(8)), {}
 
@@ -89,7 +119,16 @@ class LSTMCellLoop(nn.Module):
         return self.head(h2)
 
 
-@family()
+@family(
+    sites={
+        "width first": 1,
+        "width second": 1,
+    },
+    fixed={
+        "first.weight_ih[1]": "input dimension",
+        "head.weight[0]": "output",
+    },
+)
 def lstm_cells() -> Entry:
     return LSTMCellLoop(), (torch.randn(BATCH, 6, 11),), {}
 
@@ -115,7 +154,15 @@ class GRUCellLoop(nn.Module):
         return torch.stack(steps, 1)
 
 
-@family()
+@family(
+    sites={
+        "width start": 1,
+    },
+    fixed={
+        "first[1]": "output",
+        "start.weight[1]": "input dimension",
+    },
+)
 def gru_cell() -> Entry:
     return GRUCellLoop(), (torch.randn(BATCH, 11),), {}
 
@@ -132,6 +179,15 @@ class PlainRecurrent(nn.Module):
         return self.head(last[-1])
 
 
-@family()
+@family(
+    sites={
+        "width project": 1,
+        "width rnn": 1,
+    },
+    fixed={
+        "project.weight[1]": "input dimension",
+        "head.weight[0]": "output",
+    },
+)
 def rnn() -> Entry:
     return PlainRecurrent(), (torch.randn(BATCH, LENGTH, 13),), {}

@@ -36,7 +36,17 @@ class EncoderClassifier(nn.Module):
         return self.head(self.encoder(self.embed(ids)).mean(1))
 
 
-@family()
+@family(
+    sites={
+        "width embed": 1,
+        "width encoder.layers.*.linear1": 3,
+        "depth encoder.layers.depth": 1,
+    },
+    fixed={
+        "embed.weight[0]": "looked up by index",
+        "head.weight[0]": "output",
+    },
+)
 def transformer_encoder() -> Entry:
     return EncoderClassifier(), (tokens(),), {}
 
@@ -88,7 +98,19 @@ class TimmViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-@family()
+@family(
+    sites={
+        "width cls_token": 1,
+        "width blocks.*.mlp.*": 3,
+        "depth blocks.depth": 1,
+    },
+    fixed={
+        "pos_embed[1]": "a spatial size",
+        "patch.weight[1]": "input dimension",
+        "*[2, 3]": "kernel size",
+        "head.weight[0]": "output",
+    },
+)
 def timm_vit() -> Entry:
     return TimmViT(), (image(24),), {}
 
@@ -143,7 +165,17 @@ class NanoGPT(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
-@family()
+@family(
+    sites={
+        "width wte": 1,
+        "width h.*.mlp.*": 3,
+        "depth h.depth": 1,
+    },
+    fixed={
+        "wte.weight[0]": "output",
+        "wpe.weight[0]": "looked up by index",
+    },
+)
 def nanogpt() -> Entry:
     return NanoGPT(), (tokens(),), {}
 
@@ -162,7 +194,18 @@ class GatedMLP(nn.Module):
         return x + self.down(value * F.silu(gate))
 
 
-@family()
+@family(
+    sites={
+        "width 0": 1,
+        "width *.up": 2,
+        "depth depth": 1,
+    },
+    fixed={
+        "0.weight[1]": "input dimension",
+        "3.weight[0]": "output",
+        "*": "changes the shape",
+    },
+)
 def glu_mlp() -> Entry:
     model = nn.Sequential(
         nn.Linear(23, HIDDEN), GatedMLP(HIDDEN, 36), GatedMLP(HIDDEN, 52), nn.Linear(HIDDEN, 7)
