@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from supple.axes.base import Axis, Patch, added, merge
 from supple.axes.depth import Depth
+from supple.axes.experts import Experts
 from supple.axes.heads import Heads
 from supple.axes.width import Width
 from supple.errors import ConcurrencyError, SettingError, SuppleWarning, UnsupportedModelError
@@ -54,7 +55,8 @@ def elastic(
         args: Positional example inputs with which the model runs; a single tensor may be
             given as it is.
         kwargs: Keyword example inputs.
-        axes: What may vary; None gives `Width()`, `Heads()` and `Depth()`.
+        axes: What may vary; None gives `Width()`, `Heads()`, `Experts()` and
+            `Depth()`.
         verify: Also run the checks of `Elastic.verify` (on a copy, in float64) and report a
             site that fails as fixed. Models on the meta device cannot be run: their sites are
             proved, not verified.
@@ -75,7 +77,7 @@ def elastic(
         Config({'0': 4})
     """
     inputs = (args,) if isinstance(args, Tensor) else tuple(args)
-    chosen = (Width(), Heads(), Depth()) if axes is None else tuple(axes)
+    chosen = (Width(), Heads(), Experts(), Depth()) if axes is None else tuple(axes)
     if not chosen:
         raise SettingError("axes must name at least one axis, e.g. [supple.Width()]")
     refuse_sharded(model, "elastic")
@@ -305,8 +307,8 @@ class Elastic:
             Arrays of shape (n,): `params` (count), `macs` (of one forward on the example
             inputs), `weight_bytes` and `activation_bytes` (peak). They equal
             `supple.cost.count` on the extracted network; where a width or a number of heads is
-            1, PyTorch leaves out copies and products, and `macs` and `activation_bytes` are
-            upper bounds.
+            1, PyTorch takes other operators (it leaves out copies, and multiplies where it
+            would take products), so `macs` and `activation_bytes` may be off.
 
         Raises:
             OperatorError: An operator may multiply and has no rule.
@@ -380,7 +382,11 @@ class Elastic:
                 f"{rule!r}"
             )
         groups = {site.name: getattr(site, "group", None) for site in self.space.sites}
-        return {name: rules[rule](self.graph, group) for name, group in groups.items() if group}
+        return {
+            name: rules[rule](self.graph, group)
+            for name, group in groups.items()
+            if group and group.members
+        }
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that axes have added to the module, by name.
