@@ -171,6 +171,19 @@ class DeviceProfile:
         """
         return self.divisors[kind].divisor if kind in self.divisors else 1
 
+    def rate(self, kind: str) -> float:
+        """The most work a second that was seen: MACs, or elements where there are none.
+
+        Args:
+            kind: A kind of operator.
+        """
+        table = self.operators[kind]
+        work = np.ones(table.seconds.shape)
+        for axis, sizes in enumerate(table.grid):
+            shape = [-1 if other == axis else 1 for other in range(len(table.grid))]
+            work = work * np.reshape(sizes, shape)
+        return float((work / table.seconds).max())
+
     def differences(
         self, device: torch.device | str = "cpu", threads: int | None = None
     ) -> dict[str, str]:
