@@ -19,7 +19,8 @@ from torch import nn
 
 from supple.errors import UnsupportedModelError
 from supple.graph.blocks import Stack, find_stacks
-from supple.graph.dims import Atom, Dim, Product, Sum, atoms, find, pin
+from supple.graph.dims import Atom, Dim, Product, Sum, atoms, evaluate, find, keep_order, pin
+from supple.graph.indices import follow_indices
 from supple.graph.integers import AttributeKey, leaves
 from supple.graph.learned import learned_rule
 from supple.graph.record import Recording, record
@@ -35,11 +36,14 @@ class Group:
 
     Attributes:
         name: Module path of the first parameter that has it, made unique.
-        kind: `width`, `heads`, `queries` (query heads per key-value head) or `head_dim`.
+        kind: `width`, `heads`, `queries` (query heads per key-value head), `head_dim`,
+            `experts` (what a router chooses from) or `top_k` (how many it chooses).
         atoms: The atoms that change; all keep the same fraction.
         full: Size in the full model (of the first atom).
         unit: The size is always a multiple of this.
         members: Parameters and buffers that have it, with the dimension.
+        least: The smallest size it can have.
+        modules: Paths of modules that compute with it, where no parameter has it.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Group:
     full: int
     unit: int
     members: tuple[tuple[str, int], ...]
+    least: int = 1
+    modules: tuple[str, ...] = ()
 
     def sizes(self, choice: int) -> dict[Atom, int]:
         """Size of every atom when the group has `choice` units left."""
@@ -67,6 +73,7 @@ class Graph:
         stacks: Runs of residual blocks that can be shortened.
         fixed: What cannot change, with the reason; by parameter dimension or block.
         sizes: The integers of sub-networks.
+        ordered: Atoms of parameters whose positions have a meaning of their own.
     """
 
     model: nn.Module
@@ -77,13 +84,21 @@ class Graph:
     stacks: list[Stack] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(init=False, repr=False)
+    ordered: frozenset[Atom] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.sizes = Sizes(self.propagation, self.recording.equalities)
         self.sizes.learn_values(_attribute_values(self.model, self.propagation))
+        owned = {a for dims in self.tensors.values() for dim in dims for a in atoms(dim)}
+        self.ordered = frozenset(atom for atom in owned if atom.ordered)
 
     def reduces_over(self, group: Group) -> bool:
-        """Whether a normalization, softmax or mean reduces over the group itself."""
+        """Whether a normalization, softmax or mean reduces over the group itself.
+
+        So it is, too, with what no parameter has: there is nothing in it to be zeroed.
+        """
+        if not group.members:
+            return True
         reduced = {atom for dim in self.propagation.reduced for atom in atoms(dim)}
         return any(atom in reduced for atom in group.atoms)
 
@@ -109,6 +124,7 @@ def propagate(recording: Recording, before: Propagation | None = None) -> Propag
         if known_rule is None and _is_pointwise(call.op):
             known_rule = pointwise
         results = (known_rule or learned_rule)(p, call)
+        follow_indices(p, call)
         for ref, dims in zip(call.outputs, results, strict=True):
             if [d.size for d in dims] != list(ref.shape):
                 name = call.name.removeprefix("aten::")
@@ -118,6 +134,9 @@ def propagate(recording: Recording, before: Propagation | None = None) -> Propag
     for position in final_outputs(recording):
         for dim in p.of(recording.outputs[position]):
             pin(dim, "it is a dimension of the model's output")
+        if recording.outputs[position].id in p.indexed:
+            chosen = p.indexed[recording.outputs[position].id]
+            keep_order(chosen, "the model's output holds positions in it")
     return p
 
 
@@ -224,7 +243,7 @@ def _find_groups(graph: Graph) -> None:
         if atom in taken:
             continue
         label = f"{places[0][0]}[{places[0][1]}]"
-        reason = atom.pinned or _lonely(places)
+        reason = atom.pinned or atom.ordered or _lonely(places)
         together: tuple[Atom, ...] = (atom,)
         unit = 0
         if not reason:
@@ -236,9 +255,45 @@ def _find_groups(graph: Graph) -> None:
         taken.update(together)
         where = tuple(sorted({m for a in together for m in members.get(a, ())}))
         name = _unique(_name(places[0][0], kind), names)
-        graph.groups.append(Group(name, kind, together, atom.size, unit, where))
+        least = _least(graph, together, atom.size)
+        graph.groups.append(Group(name, kind, together, atom.size, unit, where, least))
+    _find_counts(graph, members, names)
     elastic = {f"{n}[{i}]" for group in graph.groups for n, i in group.members}
     graph.fixed = _condensed({n: r for n, r in reasons.items() if n not in elastic})
+
+
+def _least(graph: Graph, together: tuple[Atom, ...], full: int) -> int:
+    """The smallest size at which as many can be chosen as the full model chooses."""
+    least = 1
+    for choice in graph.propagation.chosen:
+        if any(atom in together for atom in atoms(choice.source)):
+            while least < full and choice.count.size > evaluate(
+                choice.source, {a: a.size * least // full for a in together}
+            ):
+                least += 1
+    return least
+
+
+def _find_counts(
+    graph: Graph, members: Mapping[Atom, list[tuple[str, int]]], names: set[str]
+) -> None:
+    """How many positions are chosen, where an integer of the model says it."""
+    taken = {atom for group in graph.groups for atom in group.atoms} | set(members)
+    for choice in graph.propagation.chosen:
+        count = find(choice.count)
+        owners = [members[a][0][0] for a in atoms(choice.source) if a in members]
+        if not isinstance(count, Atom) or count in taken or count.pinned or not owners:
+            continue
+        together, unit, _ = _satisfiable(graph, count, taken)
+        if unit and graph.sizes.attributes(dict.fromkeys(together, 0)):
+            taken.update(together)
+            name = _unique(_name(owners[0], "top_k"), names)
+            where = tuple(
+                c.module for c in graph.propagation.chosen if find(c.count) in together
+            )
+            graph.groups.append(
+                Group(name, "top_k", together, count.size, unit, (), modules=where)
+            )
 
 
 def _condensed(reasons: Mapping[str, str]) -> dict[str, str]:
@@ -283,6 +338,8 @@ def _kinds(graph: Graph) -> dict[Atom, str]:
                             kinds.setdefault(atom, "heads")
                     for atom in inner:
                         kinds[atom] = "queries" if atom in batched else "head_dim"
+    routed = [*graph.propagation.routed, *(c.source for c in graph.propagation.chosen)]
+    kinds.update((atom, "experts") for dim in routed for atom in atoms(dim))
     return kinds
 
 
@@ -303,7 +360,8 @@ def _name(parameter: str, kind: str) -> str:
     if kind == "width":
         return module or parameter
     parent, _, _ = module.rpartition(".")
-    return f"{parent or module}.{kind}" if (parent or module) else kind
+    leaf = "num_experts" if kind == "experts" else kind
+    return f"{parent or module}.{leaf}" if (parent or module) else leaf
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -338,12 +396,16 @@ def _candidates(graph: Graph, atom: Atom, taken: set[Atom]) -> Iterable[tuple[At
             return
         ready = [i for _, i in ties]
         unusable = taken | set(together)
-        options = [a for a in _flat(ready) if a not in unusable and not a.pinned and a.size > 1]
+        options = [a for a in _flat(ready) if a not in unusable and _free(graph, a)]
         if not options:
             return
         options.sort(key=lambda a: _rank(graph, together, a))
         together.append(options[0])
         yield tuple(together)
+
+
+def _free(graph: Graph, atom: Atom) -> bool:
+    return not atom.pinned and atom.size > 1 and atom not in graph.ordered
 
 
 def _flat(sets: Iterable[set[Atom]]) -> list[Atom]:

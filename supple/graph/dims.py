@@ -21,7 +21,18 @@ from math import prod
 
 import numpy as np
 
-__all__ = ["ONE", "Atom", "Dim", "Product", "Sum", "atoms", "evaluate", "monomials", "pin"]
+__all__ = [
+    "ONE",
+    "Atom",
+    "Dim",
+    "Product",
+    "Sum",
+    "atoms",
+    "evaluate",
+    "keep_order",
+    "monomials",
+    "pin",
+]
 
 _serial = itertools.count()
 
@@ -40,14 +51,18 @@ class Atom(Dim):
         size: Number of positions in the full model.
         link: The finer structure this atom turned out to have, if any.
         pinned: Why the size cannot vary; empty while it can.
+        ordered: Why each position has a meaning of its own, so that parameters which have this
+            dimension cannot lose any; empty while positions are interchangeable. A dimension
+            of activations only (a number of chosen experts) can vary all the same.
     """
 
-    __slots__ = ("link", "pinned", "serial")
+    __slots__ = ("link", "ordered", "pinned", "serial")
 
-    def __init__(self, size: int, pinned: str = "") -> None:
+    def __init__(self, size: int, pinned: str = "", ordered: str = "") -> None:
         self.size = size
         self.link: Dim | None = None
         self.pinned = pinned
+        self.ordered = ordered
         self.serial = next(_serial)
 
     def __repr__(self) -> str:
@@ -146,6 +161,12 @@ def pin(dim: Dim, reason: str) -> None:
         atom.pinned = atom.pinned or reason
 
 
+def keep_order(dim: Dim, reason: str) -> None:
+    """Say that the positions of `dim` have a meaning of their own; the first reason stays."""
+    for atom in atoms(dim):
+        atom.ordered = atom.ordered or reason
+
+
 def same(a: Dim, b: Dim) -> bool:
     """Whether two dimensions are known to be the same positions."""
     a, b = find(a), find(b)
@@ -214,6 +235,8 @@ def _bind(atom: Atom, dim: Dim) -> None:
     atom.link = dim
     if atom.pinned:
         pin(dim, atom.pinned)
+    if atom.ordered:
+        keep_order(dim, atom.ordered)
 
 
 def _unify_products(left: list[Dim], right: list[Dim]) -> None:
@@ -237,7 +260,7 @@ def _outer(dim: Dim, inner: Dim) -> Dim:
     if dim.size % inner.size:
         raise ConflictError
     if isinstance(dim, Atom):
-        outer = Atom(dim.size // inner.size, dim.pinned)
+        outer = Atom(dim.size // inner.size, dim.pinned, dim.ordered)
         _bind(dim, product((outer, inner)))
         return outer
     outers, block = list[Dim](), list[Dim]()
@@ -290,7 +313,8 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim]:
     if at == dim.size:
         return dim, Sum(())
     if isinstance(dim, Atom):
-        head, tail = (Atom(n, dim.pinned) if n > 1 else ONE for n in (at, dim.size - at))
+        sizes = (at, dim.size - at)
+        head, tail = (Atom(n, dim.pinned, dim.ordered) if n > 1 else ONE for n in sizes)
         _bind(dim, concatenation((head, tail)))
         return head, tail
     if isinstance(dim, Product):

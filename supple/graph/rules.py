@@ -22,6 +22,7 @@ from supple.graph.dims import (
     ConflictError,
     Dim,
     concatenation,
+    keep_order,
     parts_of,
     pin,
     product,
@@ -48,6 +49,15 @@ class Relation:
 
 
 @dataclass
+class Choice:
+    """In `module`, as many positions of `source` as `count` has are chosen."""
+
+    source: Dim
+    count: Dim
+    module: str
+
+
+@dataclass
 class Propagation:
     """Dimensions of every tensor seen so far, and what the code says about their sizes.
 
@@ -56,6 +66,11 @@ class Propagation:
         owned: Dimensions of parameters and buffers, by name.
         relations: Sizes that the code computes from integers.
         batched: Dimensions that are batch dimensions of a product of two activations (heads).
+        indexed: For the number of an index tensor, the dimension its values are positions of.
+        counts: Numbers of tensors that count, for each position of a dimension, how often it
+            was chosen.
+        chosen: What `topk` chose from, and how many.
+        routed: Dimensions of tensors whose rows are looked up at chosen positions.
         reduced: Dimensions over which a normalization, a softmax, a mean or a product of two
             activations reduces: zeroing a unit there is not the same as removing it.
         weights: Memory of the parameters of the run at hand.
@@ -66,6 +81,10 @@ class Propagation:
     owned: dict[str, Dims] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
     batched: Dims = field(default_factory=list)
+    indexed: dict[int, Dim] = field(default_factory=dict)
+    counts: set[int] = field(default_factory=set)
+    chosen: list[Choice] = field(default_factory=list)
+    routed: Dims = field(default_factory=list)
     reduced: Dims = field(default_factory=list)
     weights: frozenset[int] = frozenset()
     unknown: dict[str, str] = field(default_factory=dict)
@@ -453,18 +472,49 @@ def ordered(p: Propagation, call: Call) -> list[Dims]:
     dims = p.of(call.inputs[0])
     chosen = argument(call, "dims", argument(call, "dim", -1))
     for axis in as_list(chosen) if chosen not in ([], ()) else range(len(dims)):
-        if dims and isinstance(axis, int):
-            pin(dims[axis], f"{call.name.removeprefix('aten::')} depends on its order")
+        if dims and isinstance(axis, int) and not _run_ends(p, call):
+            name = call.name.removeprefix("aten::")
+            keep_order(dims[axis], f"{name} depends on its order{_at(call)}")
+    if "sort" in call.name and dims and isinstance(chosen, int):
+        p.indexed[call.outputs[-1].id] = dims[chosen]
     return [list(dims) for _ in call.outputs]
+
+
+def _run_ends(p: Propagation, call: Call) -> bool:
+    """Whether counts are summed up to where each run of sorted rows ends.
+
+    They follow the order of the rows, whatever it is.
+    """
+    return call.name == "aten::cumsum" and call.inputs[0].id in p.counts
 
 
 @rule("topk", "kthvalue")
 def topk(p: Propagation, call: Call) -> list[Dims]:
+    """The indices that come out are positions in the dimension that was chosen from."""
     dims = list(p.of(call.inputs[0]))
     axis = argument(call, "dim", -1) % len(dims)
-    pin(dims[axis], "a number of its entries is chosen")
-    dims[axis] = fixed(call.outputs[0].shape[axis], "the number of chosen entries")
+    source, count = dims[axis], fresh(call.outputs[0].shape[axis])
+    given = argument(call, "k")
+    p.relate(count, next((n for n in call.integers if n == given), None), call)
+    p.indexed[call.outputs[-1].id] = source
+    p.chosen.append(Choice(source, count, call.module))
+    p.reduced.append(source)
+    dims[axis] = count
     return [list(dims) for _ in call.outputs]
+
+
+@rule("histc", "bincount")
+def histogram(p: Propagation, call: Call) -> list[Dims]:
+    """How often each position was chosen, where one bin stands for each."""
+    size = call.outputs[0].shape[0]
+    source = p.indexed.get(call.inputs[0].id)
+    if source is None or source.size != size:
+        for dim in p.of(call.inputs[0]):
+            keep_order(dim, "a histogram of it is taken")
+        return [[fixed(size, "the bins of a histogram")]]
+    p.relate(source, next((n for n in call.integers if n == size), None), call)
+    p.counts.add(call.outputs[0].id)
+    return [[source]]
 
 
 @rule("native_channel_shuffle", "channel_shuffle")
@@ -522,17 +572,27 @@ _LOOKUP = "its rows are looked up by index"
 _WRITTEN = "it is written to by index"
 
 
+def _look_up(p: Propagation, dim: Dim, places: Ref, reason: str) -> None:
+    """Rows of `dim` are picked or written at the values of `places`."""
+    source = p.indexed.get(places.id)
+    if source is not None and source.size == dim.size:
+        unify(dim, source, "choosing by index")
+        p.routed.append(dim)
+    else:
+        keep_order(dim, reason)
+
+
 @rule("embedding")
 def embedding(p: Propagation, call: Call) -> list[Dims]:
     weight, indices = p.of(call.inputs[0]), p.of(call.inputs[1])
-    pin(weight[0], _LOOKUP)
+    _look_up(p, weight[0], call.inputs[1], _LOOKUP)
     return [[*indices, *weight[1:]]]
 
 
 @rule("index_select")
 def index_select(p: Propagation, call: Call) -> list[Dims]:
     dims, axis = list(p.of(call.inputs[0])), call.args[1]
-    pin(dims[axis], _LOOKUP)
+    _look_up(p, dims[axis], call.inputs[1], _LOOKUP)
     dims[axis] = p.of(call.inputs[1])[0] if p.of(call.inputs[1]) else ONE
     return [dims]
 
@@ -543,7 +603,7 @@ def gather(p: Propagation, call: Call) -> list[Dims]:
     axis = call.args[1] % max(1, len(dims))
     for position, (a, b) in enumerate(zip(dims, index, strict=True)):
         if position == axis:
-            pin(a, _LOOKUP)
+            _look_up(p, a, call.inputs[1], _LOOKUP)
         elif a.size == b.size:
             unify(a, b, "gather")
     return [list(index)]
@@ -555,7 +615,7 @@ def index(p: Propagation, call: Call) -> list[Dims]:
     chosen += [None] * (len(dims) - len(chosen))
     used = [i for i, c in enumerate(chosen) if c is not None]
     for axis in used:
-        pin(dims[axis], _LOOKUP)
+        _look_up(p, dims[axis], chosen[axis], _LOOKUP)
     if any(chosen[i].dtype in (torch.bool, torch.uint8) for i in used):
         for dim in dims:
             pin(dim, "entries of its tensor are chosen by a mask")
@@ -573,8 +633,8 @@ def write_rows(p: Propagation, call: Call) -> list[Dims]:
     written = argument(call, "dim") % max(1, len(dims))
     for axis, (dim, row) in enumerate(zip(dims, rows, strict=True)):
         if axis == written:
-            pin(dim, _WRITTEN)
-            pin(row, _WRITTEN)
+            _look_up(p, dim, call.inputs[1], _WRITTEN)
+            keep_order(row, _WRITTEN)
             unify(row, places[0] if places else ONE, call.name)
         else:
             unify(dim, row, call.name)
@@ -600,8 +660,13 @@ def write_at(p: Propagation, call: Call) -> list[Dims]:
         written = [i for i, c in enumerate(chosen) if c is not None]
     else:
         written = list(range(len(dims)))
+    places = chosen if chosen is not None else {axis: argument(call, "index")}
     for i in written:
-        pin(dims[i], _WRITTEN)
+        place = places[i] if chosen is not None or i in places else None
+        if isinstance(place, Ref):
+            _look_up(p, dims[i], place, _WRITTEN)
+        else:
+            keep_order(dims[i], _WRITTEN)
     for ref in call.inputs[1:]:
         other = p.of(ref)
         if len(other) == len(dims):
@@ -657,6 +722,9 @@ def mv(p: Propagation, call: Call) -> list[Dims]:
 def grouped_mm(p: Propagation, call: Call) -> list[Dims]:
     a, b = p.of(call.inputs[0]), p.of(call.inputs[1])
     unify(a[-1], b[-2], "a grouped matrix product")
+    ends = argument(call, "offs")
+    if isinstance(ends, Ref) and len(b) == 3:
+        unify(p.of(ends)[0], b[0], "a grouped matrix product")
     return (
         [[*a[:-1], b[-1]]]
         if len(b) == 3 and len(a) == 2
@@ -816,6 +884,9 @@ def softmax(p: Propagation, call: Call) -> list[Dims]:
     return [list(dims)]
 
 
+_CHOOSE = frozenset({"aten::argmax", "aten::argmin", "aten::max", "aten::min"})
+
+
 @rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "any", "all", "prod")
 @rule("logsumexp", "argmax", "argmin", "max", "min", "norm", "linalg_vector_norm", "nansum")
 @rule("median", "count_nonzero", "aminmax")
@@ -830,6 +901,8 @@ def reduce_dims(p: Propagation, call: Call) -> list[Dims]:
     gone = {axis % len(dims) for axis in axes}
     keep = bool(argument(call, "keepdim", False))
     p.reduced.extend(dims[i] for i in gone)
+    if call.outputs[-1].dtype == torch.int64 and call.name in _CHOOSE:
+        p.indexed[call.outputs[-1].id] = product(dims[i] for i in sorted(gone))
     left = [ONE if i in gone else d for i, d in enumerate(dims) if keep or i not in gone]
     return [list(left) for _ in call.outputs]
 
@@ -867,8 +940,13 @@ def make(p: Propagation, call: Call) -> list[Dims]:
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices")
 def positions(p: Propagation, call: Call) -> list[Dims]:
-    dims = [fixed(n, "it counts positions") for n in call.outputs[0].shape]
-    return [list(dims)]
+    count = next((n for n in call.integers if n == call.outputs[0].shape[0]), None)
+    source = expression_of(count) if count is not None else None
+    if len(call.outputs[0].shape) == 1 and isinstance(source, Size) and source.tensor in p.dims:
+        dim = p.dims[source.tensor][source.dim]
+        keep_order(dim, "it counts positions")
+        return [[dim]]
+    return [[fixed(n, "it counts positions") for n in call.outputs[0].shape]]
 
 
 def pinned_rule(p: Propagation, call: Call, reason: str) -> list[Dims]:

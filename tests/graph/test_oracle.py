@@ -128,7 +128,7 @@ def variables(graph: Graph) -> list[dict[Atom, float]]:
         if reason.startswith("no other parameter depends on it"):
             name, _, dim = label.removesuffix("]").rpartition("[")
             for atom in atoms(graph.tensors[name][int(dim)]):
-                if atom not in grouped and not atom.pinned:
+                if atom not in grouped and not (atom.pinned or atom.ordered):
                     found.append({atom: 1.0})
                     grouped.add(atom)
     return found
@@ -164,7 +164,7 @@ def fixed_by_meaning(graph: Graph, solution: Solution) -> list[Place]:
         if name not in parameters and solution.symbols[name, dim] not in read:
             held.append((name, dim))
             continue
-        reasons = [atom.pinned for atom in atoms(graph.tensors[name][dim])]
+        reasons = [atom.pinned or atom.ordered for atom in atoms(graph.tensors[name][dim])]
         if reasons and all(any(m in reason for m in MEANING) for reason in reasons):
             held.append((name, dim))
     return held
