@@ -36,6 +36,7 @@ from supple.sharded import refuse_sharded
 from supple.space import Config, Fixed, Site, Space
 
 if TYPE_CHECKING:
+    from supple.cost.profile import DeviceProfile
     from supple.graph.verify import Report
 
 __all__ = ["Elastic", "elastic"]
@@ -47,6 +48,7 @@ def elastic(
     kwargs: Mapping[str, Any] | None = None,
     axes: Sequence[Axis] | None = None,
     verify: bool = True,
+    profile: DeviceProfile | None = None,
 ) -> Elastic:
     """Make a model elastic: find what can vary, prove it, and check it on the model itself.
 
@@ -60,6 +62,8 @@ def elastic(
         verify: Also run the checks of `Elastic.verify` (on a copy, in float64) and report a
             site that fails as fixed. Models on the meta device cannot be run: their sites are
             proved, not verified.
+        profile: Of the device that sizes are for: fractions are rounded to the channel counts
+            that it found to pay, at axes that leave their `divisor` open.
 
     Returns:
         The elastic network; `net.module is model`.
@@ -80,6 +84,9 @@ def elastic(
     chosen = (Width(), Heads(), Experts(), Depth()) if axes is None else tuple(axes)
     if not chosen:
         raise SettingError("axes must name at least one axis, e.g. [supple.Width()]")
+    if profile is not None:
+        divisors = {kind: profile.divisor(kind) for kind in profile.divisors}
+        chosen = tuple(axis.on_device(divisors) for axis in chosen)
     refuse_sharded(model, "elastic")
     start = time.perf_counter()
     variants = [variant for axis in chosen for variant in axis.variants(model)]

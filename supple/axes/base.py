@@ -225,6 +225,15 @@ class Axis(ABC):
         """Contexts that make the model take other ways, which must be analysed as well."""
         return ()
 
+    def on_device(self, divisors: Mapping[str, int]) -> Axis:
+        """This axis with what pays on a device, where the setting was left open.
+
+        Args:
+            divisors: The multiple that channel counts are best rounded to, by kind of layer:
+                `"conv"` and `"linear"`.
+        """
+        return self
+
     @abstractmethod
     def sites(self, graph: Graph) -> Sequence[Site]:
         """The places of the graph where this axis applies, each with its choices."""
