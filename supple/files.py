@@ -42,8 +42,8 @@ _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}(\.\w+)?")
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path to write to, and moves the file into place at the end.
 
-    On an exception the temporary file is removed and `path` stays as it was. Missing folders
-    are created.
+    On an exception the temporary file is removed and `path` stays as it was; an `OSError` says
+    then which file could not be written. Missing folders are created.
 
     Args:
         path: The file that is to exist in the end.
@@ -52,7 +52,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path in the same folder, with the same suffix.
 
     Raises:
-        CheckpointError: The folder can't be created or written to.
+        CheckpointError: The folder can't be created or written to, or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
@@ -60,8 +60,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch(exist_ok=False)
-        yield temporary
         with _writing(path):
+            yield temporary
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
@@ -92,7 +92,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         CheckpointError: The file can't be written.
     """
-    with replacing(path) as temporary, _writing(path):
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -177,13 +177,17 @@ def write_tensors(
     Raises:
         CheckpointError: The file can't be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = _separate(tensors)
     header = {str(key): str(value) for key, value in (metadata or {}).items()}
     header["sha256"] = _tensor_checksum(plain, header)
-    with replacing(path) as temporary, _writing(path):
-        save_file(plain, temporary, metadata=header)
+    with replacing(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata=header)
+        except SafetensorError as error:  # how it tells of a full disk
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
 import logging
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,9 +100,10 @@ def export(
                 program = _program(exported, tuple(args), kwargs, dynamic_batch)
                 run = FORMATS[path.suffix](program, temporary)
                 found = run(args, kwargs)
-        except SuppleError:
+        except (SuppleError, OSError):
             raise
         except Exception as error:
+            _check_room(path, module)
             raise _refusal(module, path, error) from error
         _compare(path, _flat(outputs), found, tolerance)
         if dynamic_batch:
@@ -146,7 +149,9 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Runner:
 def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Runner:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
-    torch.export.save(program, file)
+    written = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
+    torch.export.save(program, written)
+    file.write_bytes(written.getbuffer())
     loaded = torch.export.load(file).module()
     return lambda args, kwargs: _flat(loaded(*args, **kwargs))
 
@@ -295,6 +300,13 @@ def _flat(values: Any) -> Outputs:
 
 
 # ----------------------------------------------------------------------- words and files
+
+
+def _check_room(path: Path, module: nn.Module) -> None:
+    """Raises the system's error for a full disk, of which not every format's writer tells."""
+    needed = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _refusal(module: nn.Module, path: Path, error: Exception) -> ExportError:

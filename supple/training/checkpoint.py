@@ -62,13 +62,19 @@ def save(
     if processes.rank() == 0:
         _clear(partial)
     processes.barrier()
-    _write(partial / f"rank-{processes.rank()}", own)
+    try:
+        _write(partial / f"rank-{processes.rank()}", own)
+        if processes.rank() == 0:
+            _write(partial / "shared", {"tensors": _tensors_of(module), **shared})
+            files.write_json(partial / "run.json", {"step": step, "settings": dict(settings)})
+        processes.barrier()
+        if processes.rank() == 0:
+            _replace(partial, final)
+    except BaseException:
+        # What the others wrote goes, too: without this rank there is no checkpoint.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if processes.rank() == 0:
-        _write(partial / "shared", {"tensors": _tensors_of(module), **shared})
-        files.write_json(partial / "run.json", {"step": step, "settings": dict(settings)})
-    processes.barrier()
-    if processes.rank() == 0:
-        _replace(partial, final)
         for old in sorted(_steps(folder))[:-2]:
             shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
     processes.barrier()
