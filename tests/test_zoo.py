@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from supple.files import read_json
 from supple.network import Elastic, elastic
 from supple.space import Fixed, Site, Space
 from supple.storage import load, save
 from tests.graph.checks import assert_same, quietly_extracted, run, shake
+from tests.guards import ROOT
 from tests.zoo import EXPECTED, ZOO, Expected
 
 #: Families that every run checks in full; the others are slow.
@@ -78,6 +80,13 @@ def test_an_extracted_network_comes_back_from_its_folder(name: str, tmp_path: An
     before = run(small, net.args, net.kwargs)
     torch.manual_seed(0)
     assert_same(run(again.eval(), net.args, net.kwargs), before, name)
+
+
+@pytest.mark.slow
+def test_the_docs_know_every_family() -> None:
+    """`python -m benchmarks.zoo` renews what the page is made of."""
+    known = read_json(ROOT / "benchmarks" / "results" / "zoo.json")["families"]
+    assert set(known) == set(ZOO)
 
 
 # --- what expectations say -------------------------------------------------------------------
