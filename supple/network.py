@@ -25,6 +25,7 @@ from supple.axes.depth import Depth
 from supple.axes.experts import Experts
 from supple.axes.heads import Heads
 from supple.axes.width import Width
+from supple.counts import Counts, counts_of
 from supple.errors import ConcurrencyError, SettingError, SuppleWarning, UnsupportedModelError
 from supple.graph.blocks import residual_gains
 from supple.graph.couple import Graph, Group, analyse
@@ -145,6 +146,7 @@ class Elastic:
         self.seconds: dict[str, float] = {}
         self._plans: dict[Config, Plan] = {}
         self._costs: Any = None
+        self._counted: Counts | None = None
         self._lock = threading.Lock()
         self._active: Config | None = None
         self._shadows: Shadows | None = None
@@ -415,7 +417,17 @@ class Elastic:
 
     def patch(self, config: Config) -> Patch:
         """Everything that a size changes."""
-        return merge(self.patch_of(name, choice) for name, choice in config.items())
+        patch = merge(self.patch_of(name, choice) for name, choice in config.items())
+        if not patch.dropped:
+            return patch
+        counts = self.counts().without(patch.dropped)
+        return dataclasses.replace(patch, attributes={**counts, **patch.attributes})
+
+    def counts(self) -> Counts:
+        """The integers beside the modules that count blocks."""
+        if self._counted is None:
+            self._counted = counts_of(self.module)
+        return self._counted
 
     def patch_of(self, name: str, choice: int) -> Patch:
         """What one choice at one site changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -229,11 +230,10 @@ class Plan:
         self, container: str, keep: list[int]
     ) -> Iterator[tuple[AttributeKey, int]]:
         stack = next(s for s in self._short if s.container == container)
-        for relative, attribute in positional_attributes(self._modules, stack):
-            for new, old in enumerate(keep):
-                if new != old:
-                    path = stack.path(old) + (f".{relative}" if relative else "")
-                    yield AttributeKey(path, (attribute,)), new
+        new = {old: position for position, old in enumerate(keep)}
+        for key, block in positional_attributes(self._modules, stack):
+            if new.get(block, block) != block:
+                yield key, new[block]
 
     # --- standalone -----------------------------------------------------------------------
 
@@ -369,53 +369,74 @@ def _first_owners(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def positional_attributes(
     modules: Mapping[str, nn.Module], stack: Stack
-) -> list[tuple[str, str]]:
-    """Integers that number the blocks of a container (`layer_idx`): relative path and name.
+) -> Iterator[tuple[AttributeKey, int]]:
+    """Integers that number the blocks of a container (`layer_idx`), and the blocks' positions.
 
-    An integer found at the same place in every block, whose value is the block's position in
-    each, numbers the blocks.
+    An integer is one if its name is found in every block, and wherever it stands in the same
+    place of several blocks it is each block's position. Blocks need not be alike: the number
+    may be in one place where a block attends and in another where it convolves.
     """
-    if stack.length < 2:
-        return []
-    found: list[tuple[str, str]] = []
-    first = stack.path(0)
-    for path, module in modules.items():
-        if path != first and not path.startswith(first + "."):
-            continue
-        relative = path[len(first) + 1 :]
-        for name, value in vars(module).items():
-            if type(value) is int and value == 0 and _numbers(modules, stack, relative, name):
-                found.append((relative, name))
-    return found
-
-
-def _numbers(modules: Mapping[str, nn.Module], stack: Stack, relative: str, name: str) -> bool:
-    for position in range(stack.length):
-        path = stack.path(position) + (f".{relative}" if relative else "")
-        module = modules.get(path)
-        if module is None or vars(module).get(name) != position:
-            return False
-    return True
+    if stack.length < 2 or computes_kinds(modules, stack.container, stack.length):
+        return
+    found: dict[tuple[str, str], dict[int, int]] = {}  # name and place: value by block
+    for block in range(stack.length):
+        child = modules.get(stack.path(block), nn.Module())  # a child may be None
+        for inner, module in child.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    found.setdefault((name, inner), {})[block] = value
+    numbers = {k: v for k, v in found.items() if all(b == value for b, value in v.items())}
+    covered: dict[str, set[int]] = {}
+    for (name, _), values in numbers.items():
+        covered.setdefault(name, set()).update(values)
+    for (name, inner), values in numbers.items():
+        if len(covered[name]) == stack.length:
+            for block in values:
+                path = stack.path(block) + (f".{inner}" if inner else "")
+                yield AttributeKey(path, (name,)), block
 
 
 def per_layer_lists(
     modules: Mapping[str, nn.Module], container: str, length: int
 ) -> list[tuple[dict[str, Any], str, Any]]:
     """Lists that name a kind per block, in plain objects that the container's parents hold."""
-    found: list[tuple[dict[str, Any], str, Any]] = []
-    seen: set[int] = set()
+    return [
+        (vars(held), name, items)
+        for held in _plain_objects(modules, container)
+        for name, items in list(vars(held).items())
+        if _names_kinds(items, length)
+    ]
+
+
+def computes_kinds(modules: Mapping[str, nn.Module], container: str, length: int) -> bool:
+    """Whether one of these objects computes such a list anew whenever it is asked for it.
+
+    Nobody can shorten that list; numbers of blocks that look up kinds in it stay as they are.
+    """
+    for held in _plain_objects(modules, container):
+        for name, attribute in vars(type(held)).items():
+            if isinstance(attribute, property):
+                with contextlib.suppress(Exception):  # whatever it raises, it gives no list
+                    if _names_kinds(getattr(held, name), length):
+                        return True
+    return False
+
+
+def _plain_objects(modules: Mapping[str, nn.Module], container: str) -> list[Any]:
+    """What the modules around a container hold that is neither a module nor a tensor, once."""
+    found: dict[int, Any] = {}
     path = container
     while path:
         path = path.rpartition(".")[0]
-        for value in list(vars(modules[path]).values()):
-            if id(value) in seen or isinstance(value, (nn.Module, Tensor)):
-                continue
-            seen.add(id(value))
-            for name, items in list(getattr(value, "__dict__", {}).items()):
-                listed = isinstance(items, (list, tuple)) and len(items) == length > 1
-                if listed and all(isinstance(item, str) for item in items):
-                    found.append((vars(value), name, items))
-    return found
+        for value in vars(modules[path]).values():
+            if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type)):
+                found.setdefault(id(value), value)
+    return list(found.values())
+
+
+def _names_kinds(items: Any, length: int) -> bool:
+    listed = isinstance(items, (list, tuple)) and len(items) == length > 1
+    return listed and all(isinstance(item, str) for item in items)
 
 
 #: What PyTorch's own layers say of themselves: attribute to (parameter, dimension).

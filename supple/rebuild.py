@@ -497,10 +497,10 @@ def _shorten(
     module = modules[container]
     blocks = list(module._modules.values())
     stack = Stack(container, length, tuple(range(length)), 0)
-    for relative, attribute in positional_attributes(modules, stack):
-        for new, old in enumerate(keep):
-            path = stack.path(old) + (f".{relative}" if relative else "")
-            vars(modules[path])[attribute] = new
+    new = {old: position for position, old in enumerate(keep)}
+    for key, block in list(positional_attributes(modules, stack)):
+        if block in new:
+            vars(modules[key.module])[key.chain[0]] = new[block]
     for holder, name, items in per_layer_lists(modules, container, length):
         holder[name] = type(items)(items[b] for b in keep)
     module._modules.clear()

@@ -146,9 +146,13 @@ def noted(net: Elastic, config: Config, module: nn.Module) -> nn.Module:
 
     Returns:
         `module`, with `supple_provenance`; a `transformers` model of uniform size also has the
-        configuration of that size, so that `save_pretrained` and `from_pretrained` work.
+        configuration of that size, so that `save_pretrained` and `from_pretrained` work, unless
+        `generate` needs a larger count (see `Counts.without`).
     """
     rebuild.note_extraction(net, config, module)
+    dropped = net.patch(config).dropped
+    if dropped and net.counts().exceed(dropped):
+        return module
     return fitted(net, config, module)
 
 

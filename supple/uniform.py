@@ -61,7 +61,7 @@ def uniform_config(module: nn.Module) -> Any:
     changes = _found(module, args, kwargs)
     config = copy.deepcopy(_of_transformers(module).config)
     for setting, value in changes:
-        _set(config, setting, value)
+        set_setting(config, setting, value)
     return config
 
 
@@ -83,7 +83,7 @@ def fitted(net: Elastic, config: Config, module: nn.Module) -> nn.Module:
     except UnsupportedModelError:  # it keeps the configuration of the full network
         return module
     for setting, value in changes:
-        _set(module.config, setting, value)
+        set_setting(module.config, setting, value)
     return module
 
 
@@ -145,26 +145,32 @@ def _sizes(module: nn.Module) -> dict[Place, int]:
 @functools.lru_cache(maxsize=256)
 def _sizes_of(origin: str) -> dict[Place, int] | None:
     """Sizes of what an origin builds; None if it can't be built."""
+    built = quietly_built(json.loads(origin))
+    return None if built is None else _sizes(built)
+
+
+def quietly_built(origin: dict[str, Any]) -> nn.Module | None:
+    """What an origin of `transformers` builds, without weights; None if it can't be built."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return _sizes(rebuild.build(json.loads(origin)))
+        return rebuild.build(origin)
     except Exception:  # whatever a model says of a configuration that can't be
         return None
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _settings(config: Any, at: Setting = ()) -> Iterator[tuple[Setting, int]]:
+def whole_numbers(config: Any, at: Setting = ()) -> Iterator[tuple[Setting, int]]:
     """Every whole number above one in a configuration, its lists and its parts."""
     items = config.items() if isinstance(config, dict) else enumerate(config)
     for key, value in items:
         if type(value) is int and value > 1:
             yield (*at, key), value
         elif isinstance(value, list) or (isinstance(value, dict) and "model_type" in value):
-            yield from _settings(value, (*at, key))
+            yield from whole_numbers(value, (*at, key))
 
 
 def _changes(before: Any, after: Any, at: Setting = ()) -> Iterator[tuple[Setting, Any]]:
@@ -182,7 +188,7 @@ def _get(config: Any, setting: Setting) -> int:
     return int(config)
 
 
-def _set(config: Any, setting: Setting, value: Any) -> None:
+def set_setting(config: Any, setting: Setting, value: Any) -> None:
     """Sets a value in a configuration, as JSON or as an object of `transformers`."""
     *path, last = setting
     for key in path:
@@ -196,7 +202,7 @@ def _set(config: Any, setting: Setting, value: Any) -> None:
 def _with(config: dict[str, Any], values: Mapping[Setting, int]) -> dict[str, Any]:
     changed = copy.deepcopy(config)
     for setting, value in values.items():
-        _set(changed, setting, value)
+        set_setting(changed, setting, value)
     return changed
 
 
@@ -283,7 +289,7 @@ class _Search:
             return config
         wanted: dict[Setting, dict[int, Place]] = {}
         lengths = {base[place] for place in shorter}
-        for setting, value in _settings(self.origin["config"]):
+        for setting, value in whole_numbers(self.origin["config"]):
             if value in lengths:
                 for place, length in self._lengths(setting, value, base, shorter).items():
                     wanted.setdefault(setting, {})[length] = place
@@ -308,7 +314,7 @@ class _Search:
     def _set_depth(self, config: dict[str, Any], setting: Setting, value: int) -> None:
         """Sets a depth; shortens lists with an entry per block if the model asks for it."""
         before = _get(config, setting)
-        _set(config, setting, value)
+        set_setting(config, setting, value)
         holder: Any = config
         for key in setting[:-1]:
             holder = holder[key]
@@ -353,7 +359,7 @@ class _Search:
         multiples = {self._first_sizes[p] for p in wrong}
         likely = [
             setting
-            for setting, value in _settings(self.origin["config"])
+            for setting, value in whole_numbers(self.origin["config"])
             if setting not in settled and any(size % value == 0 for size in multiples)
         ]
         moves = self._moves(config, sizes, known, wrong, likely)
@@ -479,7 +485,7 @@ class _Search:
         beside = {(p[1], sizes[p]) for p in sizes if p[0] == "integer"}
         likely = [
             setting
-            for setting, value in _settings(config)
+            for setting, value in whole_numbers(config)
             if any((place[1], value) in beside for place in wrong)
         ]
         best = copy.deepcopy(config)
@@ -492,7 +498,7 @@ class _Search:
                 gains[other] = sum(changed.get(p) == self.target[p] for p in wrong)
             value = max(gains, key=lambda other: gains[other])
             if gains[value]:
-                _set(best, setting, value)
+                set_setting(best, setting, value)
         if best != config:
             yield best
 

@@ -932,43 +932,6 @@ def scores(model: nn.Module, kwargs: dict[str, Any], cached: bool) -> Tensor:
     return torch.stack(output.scores)
 
 
-GENERATORS = {
-    "llama": 3,
-    "gpt2": 3,
-    "t5": 4,
-}
-
-
-@pytest.mark.parametrize("family", GENERATORS)
-def test_cached_generation_equals_uncached_for_every_skipped_block(family: str) -> None:
-    net = zoo_net(family, [Depth(pattern="any")])
-    assert len(net.space.sites) == GENERATORS[family]
-    full = scores(net.module, net.kwargs, cached=True)
-    for site in net.space.sites:
-        with net.at({site.name: 0}):
-            cached = scores(net.module, net.kwargs, cached=True)
-            uncached = scores(net.module, net.kwargs, cached=False)
-        small = net.extract({site.name: 0})
-        assert not torch.allclose(full, cached), site.name
-        for other in (
-            uncached,
-            scores(small, net.kwargs, cached=True),
-            scores(small, net.kwargs, cached=False),
-        ):
-            torch.testing.assert_close(cached, other, rtol=1e-4, atol=1e-4)
-
-
-def test_cached_generation_at_a_small_width_equals_uncached() -> None:
-    net = zoo_net("llama")
-    config = net.space.smallest()
-    with net.at(config):
-        cached = scores(net.module, net.kwargs, cached=True)
-        uncached = scores(net.module, net.kwargs, cached=False)
-    small = net.extract(config)
-    torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores(small, net.kwargs, cached=True), cached)
-
-
 def test_a_skipped_whisper_decoder_block_still_generates_with_a_cache() -> None:
     net = zoo_net("whisper", [Depth(pattern="any", where="*decoder*")])
     name = net.space.sites[-1].name
@@ -982,7 +945,6 @@ def test_a_skipped_whisper_decoder_block_still_generates_with_a_cache() -> None:
     assert torch.equal(cached, uncached)
 
 
-@bug("config.decoder_layers still counts the block, so generate reads a cache layer too many")
 def test_a_skipped_whisper_decoder_block_still_returns_its_cache() -> None:
     net = zoo_net("whisper", [Depth(pattern="any", where="*decoder*")])
     with net.at({net.space.sites[-1].name: 0}):

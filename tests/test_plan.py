@@ -211,7 +211,24 @@ def test_integers_that_number_the_blocks_are_found_at_any_depth() -> None:
     model.layers = nn.ModuleList(Numbered(i) for i in range(3))
     stack = Stack("layers", 3, (0, 1, 2), 1)
     found = positional_attributes(dict(model.named_modules()), stack)
-    assert sorted(found) == [("", "layer_idx"), ("child", "number")]
+    assert {(str(key), block) for key, block in found} == {
+        (f"layers.{block}.{name}", block)
+        for block in range(3)
+        for name in ("layer_idx", "child.number")
+    }
+
+
+def test_blocks_of_two_kinds_are_numbered_in_different_places() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Module() for _ in range(4))
+    for position, layer in enumerate(model.layers):
+        layer.add_module("even" if position % 2 == 0 else "odd", Numbered(position))
+    model.layers[3].odd.child.number = 7
+    found = positional_attributes(
+        dict(model.named_modules()), Stack("layers", 4, tuple(range(4)), 1)
+    )
+    places = ["0.even", "1.odd", "2.even", "3.odd"]
+    assert {str(key) for key, _ in found} == {f"layers.{p}.layer_idx" for p in places}
 
 
 def test_per_layer_lists_are_found_in_plain_objects_of_the_parents() -> None:
