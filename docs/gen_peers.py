@@ -1,4 +1,4 @@
-"""MkDocs hook: the page that compares Supple with its peers on the zoo, from the figures kept."""
+"""MkDocs hook: the page that compares Supple with its peers on the zoo."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def page(result: dict[str, Any]) -> str:
     """Gives the text of the page."""
     tools, families = result["tools"], result["families"]
     text = (
-        "# Side by side\n\nEvery family of the [zoo](zoo.md), built small, is given to each tool, "
-        "which is to prune it to about half of its parameters (20 to 75 % left) so that a "
-        f"forward still works. `{result['command']}`, {result['date']}, {result['machine']}; "
-        f"{', '.join(result['packages'])}.\n\nA cell is the part of the parameters left and the "
-        "seconds that it took.\n\n"
+        "# Side by side\n\nEvery family of the [zoo](zoo.md), built small, is given to each "
+        "tool, which is to prune it to about half of its parameters (20 to 75 % left) so that "
+        f"a forward still works. `{result['command']}`, {result['date']}, "
+        f"{result['machine']}; {', '.join(result['packages'])}.\n\nA cell is the part of the "
+        "parameters left and the seconds that it took.\n\n"
     )
     text += "| family | " + " | ".join(tools) + " |\n|" + "---|" * (len(tools) + 1) + "\n"
     for family in families:
