@@ -18,10 +18,26 @@ from supple.study.store import Evaluation
 from supple.training.recalibrate import recalibrate
 from supple.training.step import Network as Trained
 
-__all__ = ["Costs", "Evaluator", "Network", "fingerprint"]
+__all__ = ["Costs", "Evaluator", "NamedCost", "Network", "fingerprint"]
 
 CostFunction = Callable[[list[Config]], Any]
-CostNames = str | Sequence[str] | Mapping[str, CostFunction]
+
+
+class NamedCost(Protocol):
+    """A cost that knows its name: a latency model, say.
+
+    Where it predicts, it may also have an attribute `error`: its median relative error.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    def __call__(self, configs: list[Config]) -> Any:
+        """Gives one value per config."""
+
+
+CostNames = str | Sequence[str | NamedCost] | Mapping[str, CostFunction]
 
 _MEASURED = ("latency", "memory")
 _SAMPLED = 4096
@@ -58,7 +74,8 @@ class Costs:
     Args:
         net: An elastic network.
         costs: Names of closed-form costs (`"params"`, `"macs"`, ...) and of measured ones
-            (`"latency[batch=1]"`, `"memory"`), or name to function of a list of configs.
+            (`"latency[batch=1]"`, `"memory"`), costs that know their name (a latency model),
+            or name to function of a list of configs.
 
     Raises:
         SettingError: A name is unknown or comes twice.
@@ -69,7 +86,11 @@ class Costs:
         self._own: dict[str, CostFunction] = {}
         if isinstance(costs, Mapping):
             self._own = dict(costs)
-        self.names = (costs,) if isinstance(costs, str) else tuple(costs)
+        listed = (costs,) if isinstance(costs, str) else tuple(costs)
+        for cost in listed:
+            if not isinstance(cost, str):
+                self._own[cost.name] = cost
+        self.names = tuple(cost if isinstance(cost, str) else cost.name for cost in listed)
         if len(set(self.names)) < len(self.names):
             raise SettingError(f"each cost may be named once, got {list(self.names)}")
         rest = [name for name in self.names if name not in self._own]
@@ -77,6 +98,32 @@ class Costs:
         self._closed = [name for name in rest if name not in self._measured]
         if self._closed:
             self._check(net.costs([net.space.largest()]))
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Of costs that are predicted the median relative error, by name."""
+        found = {name: getattr(cost, "error", None) for name, cost in self._own.items()}
+        return {name: float(error) for name, error in found.items() if error is not None}
+
+    def check_predicted(self, config: Config, values: Mapping[str, float]) -> None:
+        """Refuses to go on with costs that were predicted by another model.
+
+        Args:
+            config: An evaluated size.
+            values: Its values.
+
+        Raises:
+            SettingError: A model predicts something else for it.
+        """
+        for name in self.errors:
+            predicted = float(np.asarray(self._own[name]([config])).reshape(-1)[0])
+            known = values.get(name, predicted)
+            if not np.isclose(predicted, known, rtol=1e-9):
+                raise SettingError(
+                    f"the study holds {name!r} by another model ({known:.6g} where this one "
+                    f"predicts {predicted:.6g}); load that one from its file, or begin another "
+                    "study"
+                )
 
     def _check(self, known: Mapping[str, Any]) -> None:
         for name in self._closed:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,7 @@ class Front:
         objectives: What was maximised and minimised.
         evaluated: Every config that was evaluated, in the order of evaluation.
         study: Where the study is stored.
+        errors: Of values that a model predicted its median relative error, by name.
 
     Raises:
         SettingError: A point lacks an objective.
@@ -68,6 +69,7 @@ class Front:
     objectives: tuple[Objective, ...]
     evaluated: tuple[Point, ...]
     study: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for point in self.evaluated:
@@ -194,7 +196,10 @@ class Front:
         for name in shown:
             table.add_column(Text(name), justify="right")
         for point in self.points:
-            cells = [_cell(point.values.get(name), unit_of(name)) for name in shown]
+            cells = [
+                _cell(point.values.get(name), unit_of(name), self.errors.get(name))
+                for name in shown
+            ]
             table.add_row(point.config.digest, *cells)
         return table
 
@@ -250,7 +255,12 @@ class Front:
             {"config": dict(p.config), "values": dict(p.values)} for p in self.evaluated
         ]
         return json.dumps(
-            {"objectives": objectives, "evaluated": evaluated, "study": self.study}
+            {
+                "objectives": objectives,
+                "evaluated": evaluated,
+                "study": self.study,
+                "errors": dict(self.errors),
+            }
         )
 
     @classmethod
@@ -266,6 +276,7 @@ class Front:
                 tuple(Objective(o["name"], o["maximize"]) for o in read["objectives"]),
                 tuple(Point(Config(p["config"]), dict(p["values"])) for p in read["evaluated"]),
                 read["study"],
+                {name: float(error) for name, error in read.get("errors", {}).items()},
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise SettingError(
@@ -318,5 +329,8 @@ def _excess(point: Point, bounds: Mapping[str, Bound]) -> float:
     return sum(b.excess(point.values[name]) for name, b in bounds.items())
 
 
-def _cell(value: Any, unit: str) -> str:
-    return "" if value is None else show(float(value), unit, 4)
+def _cell(value: Any, unit: str, error: float | None) -> str:
+    if value is None:
+        return ""
+    text = show(float(value), unit, 4)
+    return text if error is None else f"{text} ±{show(100 * error, digits=2)} %"

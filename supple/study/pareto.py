@@ -78,7 +78,8 @@ def pareto(
             function (`score` if that says nothing).
         costs: Names of costs that `net.costs` gives (`"params"`, `"macs"`, `"weight_bytes"`,
             `"activation_bytes"`) and of such that are measured on the extracted network
-            (`"latency[batch=1]"` in seconds, `"memory"` in bytes), or name to
+            (`"latency[batch=1]"` in seconds, `"memory"` in bytes), among them latency models
+            (`supple.cost.latency.fit`), whose error the front shows; or name to
             `function(configs) -> array`. Costs always go down.
         algorithm: What proposes configs; `NSGA2()` by default.
         evaluations: How many evaluations the study is to hold in the end, at least 1, those
@@ -125,12 +126,14 @@ def pareto(
     weights = fingerprint(net.module)
     with StudyStore(place, name=name, space=net.space, weights=weights) as store:
         _begin(store, net, evaluator, sought, evaluations)
+        for known in store.results()[:1]:
+            priced.check_predicted(known.config, known.values)
         search = _started(algorithm, net, store, seed)
         loop = _Loop(store, search, evaluator, sought, evaluations, where or {})
         loop.offer([net.space.largest(), net.space.smallest()])
         with SearchProgress(evaluations, store.objectives, name, shown=progress) as shown:
             loop.run(shown)
-        return _front(store)
+        return _front(store, priced.errors)
 
 
 def _check_algorithm(algorithm: object) -> None:
@@ -285,10 +288,10 @@ def _excess(result: Evaluation, name: str, limit: Bound) -> float:
     return limit.excess(result.values[name])
 
 
-def _front(store: StudyStore) -> Front:
+def _front(store: StudyStore, errors: Mapping[str, float]) -> Front:
     points = [
         Point(result.config, result.values)
         for result in store.results()
         if all(math.isfinite(result.values[o.name]) for o in store.objectives)
     ]
-    return Front(store.objectives, tuple(points), store.shown)
+    return Front(store.objectives, tuple(points), store.shown, errors)

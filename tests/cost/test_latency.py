@@ -273,17 +273,22 @@ def test_a_model_with_a_table_of_the_wrong_size_is_refused(model, tmp_path) -> N
         LatencyModel.load(tmp_path / "b.json")
 
 
-def test_a_search_takes_a_model_among_its_costs(net, model, tmp_path) -> None:
-    front = supple.pareto(
-        net,
-        lambda module: 1.0,
-        {"latency": model},
-        evaluations=2,
-        study=tmp_path / "a.db",
-        data=[(torch.zeros(4, 1, 8, 8), torch.zeros(4))],
-        progress=False,
-    )
-    assert front.values(net.space.largest())["latency"] == model.predict(net.space.largest())[0]
+def test_a_search_takes_a_model_and_its_front_tells_the_error(net, model, tmp_path) -> None:
+    settings = {
+        "evaluations": 2,
+        "study": tmp_path / "a.db",
+        "data": [(torch.zeros(4, 1, 8, 8), torch.zeros(4))],
+        "progress": False,
+    }
+    front = supple.pareto(net, lambda module: 1.0, ["params", model], **settings)
+    predicted = model.predict(net.space.largest())[0]
+    assert front.values(net.space.largest())["latency[predicted]"] == predicted
+    assert model.text(net.space.smallest()).split(" ±")[1] in front.table()
+    assert type(front).from_json(front.to_json()).errors == {"latency[predicted]": model.error}
+    rows = module._sampled(net.space, 40, 0)
+    other = fit_measured(net, rows, 2 * seconds_of(net, rows))
+    with pytest.raises(SettingError, match="by another model"):
+        supple.pareto(net, lambda module: 1.0, ["params", other], **settings)
 
 
 # --- what it refuses --------------------------------------------------------------------------
