@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from supple.network import Elastic, elastic
 from supple.supernet.bignas import BigNAS
@@ -98,31 +103,6 @@ def test_a_size_gets_the_gradients_that_it_has_by_itself(net):
         assert not owner[outside].any()
 
 
-def test_freeze_inactive_moves_exactly_what_the_size_uses(net):
-    before = stub.weights(net.module)
-    smallest = net.space.smallest()
-    started(net, Pass(smallest, "a"), freeze_inactive=True).step(stub.images()[0])
-    moved = {
-        name: p.detach() != before[name]
-        for name, p in net.module.named_parameters()
-        if not torch.equal(p.detach(), before[name])
-    }
-    assert {"stem.weight", "blocks.0.up.weight", "head.weight"} <= moved.keys()
-    assert not [name for name in moved if name.startswith("blocks.1.")]
-    width = thin(net)["stem"]
-    assert 0 < width < 8
-    assert not moved["stem.weight"][width:].any()
-    assert moved["stem.weight"][:width].any()
-
-
-def test_partial_sizes_leave_running_statistics_alone(net):
-    net.module.train()
-    before = dict(stub.weights(net.module))
-    started(net, Pass(net.space.smallest(), "a")).step(stub.images()[0])
-    for name, buffer in net.module.named_buffers():
-        assert torch.equal(buffer, before[name]), name
-
-
 def test_dropout_is_off_and_batch_statistics_on_without_regularisation(net):
     net.module.train()
     config, batch = net.space.config(thin(net)), stub.images()[0]
@@ -132,34 +112,6 @@ def test_dropout_is_off_and_batch_statistics_on_without_regularisation(net):
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[2] != pytest.approx(losses[3], rel=1e-3)
-
-
-@pytest.mark.parametrize("pick", ["smallest", "thin", "largest"])
-def test_recalibrated_statistics_are_those_of_the_extracted_network(net, pick):
-    config = net.space.config(thin(net)) if pick == "thin" else getattr(net.space, pick)()
-    data = stub.images(3)
-    net.module.train()
-    before = stub.weights(net.module)
-    recalibrate(net, config, data)
-    small = net.extract(config).eval()
-    inside = [part for part in small.modules() if isinstance(part, nn.BatchNorm2d)]
-    held = [part.running_mean.clone() for part in inside]
-    for part in inside:
-        part.train()
-        part.momentum = None
-        part.reset_running_stats()
-    with torch.no_grad():
-        for x, _ in data:
-            small(x)
-    for part, mean in zip(inside, held, strict=True):
-        torch.testing.assert_close(mean, part.running_mean)
-        assert mean.abs().max() > 1e-3
-    net.module.eval()
-    small.eval()
-    with torch.no_grad(), net.at(config):
-        torch.testing.assert_close(net(data[0][0]), small(data[0][0]))
-    if pick != "largest":
-        assert stub.equal(stub.weights(net.module), before)
 
 
 @pytest.mark.parametrize("method", [BigNAS(), SortedNet(micro_steps=2)])
@@ -181,3 +133,118 @@ def test_every_size_learns(net, method):
     settings = {"epochs": 60, "lr": 0.02, "schedule": "constant", "progress": False}
     train(net, data, stub.loss, method=method, **settings)
     assert all(b < 0.6 * a for a, b in zip(before, losses(), strict=True))
+
+
+class Recomputed(nn.Module):
+    """Runs each residual block under gradient checkpointing, if it is told how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.Dropout(0.3), nn.Tanh(), nn.Linear(12, 8))
+            for _ in range(2)
+        )
+        self.head = nn.Linear(8, 3)
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = x + block(x)
+            else:
+                x = x + checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def recomputed() -> Elastic:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return elastic(Recomputed(), torch.ones(2, 5), verify=False)
+
+
+def owners_gradients(net: Elastic) -> dict[str, Tensor]:
+    owners = net.module.named_parameters()
+    return {name: p.grad.clone() for name, p in owners if p.grad is not None}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_checkpointing_gives_the_same_weights(reentrant, precision):
+    found = []
+    for mode in (None, reentrant):
+        net = recomputed()
+        net.module.reentrant = mode
+        settings = {"optimizer": "sgd", "lr": 0.1, "clip": 1.0, "precision": precision}
+        train(net, stub.vectors(), stub.loss, method=BigNAS(), progress=False, **settings)
+        found.append(stub.weights(net.module))
+    assert stub.equal(*found)
+    assert not stub.equal(found[0], stub.weights(recomputed().module))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_sizes_that_wait_for_their_backward_are_recomputed_as_they_were(reentrant, inside):
+    """Several sizes pending, and backward in the block of another one or after all."""
+    found = []
+    for mode in (None, reentrant):
+        net = recomputed()
+        net.module.reentrant = mode
+        smallest, largest = net.space.smallest(), net.space.largest()
+        middle = net.space.config({"stem": 4})
+        x = stub.vectors(1)[0][0]
+        total = torch.zeros(())
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for config in (smallest, largest, middle):
+                with net.at(config):
+                    total = total + net(x).square().mean()
+            with net.at(smallest) if inside else contextlib.nullcontext():
+                total.backward()
+        found.append(owners_gradients(net))
+    assert stub.equal(*found)
+    assert len(found[0]) == len(list(net.module.parameters()))
+    assert torch_checkpoint.CheckpointFunction.__module__.startswith("torch.")
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_checkpointing_of_transformers_gives_the_same_gradients(reentrant):
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 17}
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, use_cache=False, **settings
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).train()
+    tokens = torch.arange(10).reshape(2, 5)
+    net = elastic(model, kwargs={"input_ids": tokens}, verify=False)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            kwargs = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            model.enable_input_require_grads()
+        model.zero_grad()
+        losses = []
+        for size in (net.space.smallest(), net.space.largest()):
+            with net.at(size):
+                losses.append(net(input_ids=tokens, labels=tokens).loss)
+        sum(losses).backward()
+        found.append(owners_gradients(net))
+    assert stub.equal(*found)
+    assert found[0]
+
+
+def test_bf16_at_a_size_is_bf16_of_the_size_by_itself():
+    net, batch = recomputed(), stub.vectors()[0]
+    config = net.space.config({"stem": 4})
+    small = net.extract(config)
+    run = started(net, Pass(config, "a", regularise=False), precision="bf16")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stub.loss(small.eval()(batch[0]), batch).backward()
+    run.step(batch)
+    for name, p in small.named_parameters():
+        inside = tuple(slice(0, size) for size in p.shape)
+        assert torch.equal(net.module.get_parameter(name).grad[inside], p.grad), name

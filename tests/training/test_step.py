@@ -238,93 +238,12 @@ def test_weight_decay_is_off_in_steps_without_a_regularised_pass():
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
-def test_partial_sizes_leave_running_statistics_alone():
-    net, batch = stub.cnn(), stub.images()[0]
-    before = net.module.bn.running_mean.clone()
-    started(net, [Pass(net.space.smallest(), "a")]).step(batch)
-    assert torch.equal(net.module.bn.running_mean, before)
-
-
-def test_a_block_that_was_used_before_gets_a_zero_gradient_when_skipped():
-    net, batch = stub.mlp(), stub.vectors()[0]
-    optimizer = sgd(net, momentum=0.9)
-    started(net, passes(net, (FULL, "a")), optimizer=optimizer).step(batch)
-    run = started(net, passes(net, (FULL, "a")), optimizer=optimizer)
-    run.step(batch)
-    before = stub.weights(net.module)
-    momentum = optimizer.state[net.module.block.weight]["momentum_buffer"].clone()
-    object.__setattr__(run.sampler, "passes", tuple(passes(net, (THIN, "b"))))
-    run.step(batch)
-    expected = before["block.weight"] - 0.1 * 0.9 * momentum
-    torch.testing.assert_close(net.module.block.weight.detach(), expected)
-
-
 def test_a_parameter_that_no_size_ever_used_is_left_to_itself():
     net = stub.mlp()
     net.module.spare = nn.Parameter(torch.ones(3))
     run = started(net, passes(net, (FULL, "a")), optimizer=sgd(net, weight_decay=0.5))
     run.step(stub.vectors()[0])
     assert torch.equal(net.module.spare.detach(), torch.ones(3))
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_freeze_inactive_leaves_unused_elements_and_their_moments(name):
-    def made(net):
-        if name == "adamw":
-            return torch.optim.AdamW(net.module.parameters(), lr=0.1, weight_decay=0.3)
-        return sgd(net, momentum=0.9, weight_decay=0.3)
-
-    net, plain, batches = stub.mlp(), stub.mlp(), stub.vectors()
-    runs = []
-    for one, freeze in ((net, True), (plain, False)):
-        options = StepOptions(freeze_inactive=freeze)
-        run = started(one, passes(one, (FULL, "a")), optimizer=made(one), options=options)
-        run.step(batches[0])
-        runs.append(run)
-    assert stub.equal(stub.weights(net.module), stub.weights(plain.module))
-    state = runs[0].optimizer.state
-    before = stub.weights(net.module)
-    moments = {
-        (key, kind): value.clone()
-        for key, p in net.module.named_parameters()
-        for kind, value in state[p].items()
-        if value is not None and value.dim()
-    }
-    assert moments
-    for run, one in zip(runs, (net, plain), strict=True):
-        sizes = passes(one, ({"width": 4, "depth": 0}, "b"), (THIN, "c"))
-        object.__setattr__(run.sampler, "passes", tuple(sizes))
-        run.step(batches[1])
-    inside = {
-        "fc1.weight": (slice(0, 4),),
-        "fc1.bias": (slice(0, 4),),
-        "fc2.weight": (slice(None), slice(0, 4)),
-        "fc2.bias": (slice(None),),
-        "block.weight": (slice(0, 0),),
-        "block.bias": (slice(0, 0),),
-    }
-    for key, p in net.module.named_parameters():
-        unused = torch.ones_like(p, dtype=torch.bool)
-        unused[inside[key]] = False
-        assert torch.equal(p.detach()[unused], before[key][unused]), key
-        other = plain.module.get_parameter(key).detach()
-        assert torch.equal(p.detach()[~unused], other[~unused]), key
-        assert not unused.any() or not torch.equal(other[unused], before[key][unused]), key
-        for kind in {kind for name_, kind in moments if name_ == key}:
-            value = state[p][kind]
-            assert torch.equal(value[unused], moments[key, kind][unused]), (key, kind)
-
-
-def test_moments_that_a_step_creates_are_zero_where_nothing_was_used():
-    net = stub.mlp()
-    optimizer = sgd(net, momentum=0.9, weight_decay=0.3)
-    options = StepOptions(freeze_inactive=True)
-    run = started(net, passes(net, (THIN, "a")), optimizer=optimizer, options=options)
-    run.step(stub.vectors()[0])
-    momentum = optimizer.state[net.module.fc1.weight]["momentum_buffer"]
-    assert not momentum[2:].any()
-    assert momentum[:2].any()
-    assert net.module.block.weight not in optimizer.state
 
 
 def test_clipping_bounds_the_joint_gradient():
