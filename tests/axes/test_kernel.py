@@ -21,6 +21,7 @@ from supple.axes.width import Width
 from supple.cost.count import count
 from supple.errors import CheckpointError, SettingError, SuppleWarning
 from supple.network import Elastic, elastic
+from supple.recipe.axes import axes_of
 from supple.space import Space
 from supple.supernet.base import SupernetRule
 from supple.training.step import Sampler, WholeOnly
@@ -429,3 +430,8 @@ def test_choices_are_odd_sizes(choices: Any) -> None:
 def test_only_chosen_places_vary() -> None:
     net = mixed(where="t*")
     assert [site.name for site in net.space.sites] == ["tall.kernel"]
+
+
+def test_recipes_know_kernels() -> None:
+    [axis] = axes_of({"kernel": {"choices": [3, "5"], "transform": "yes"}})
+    assert axis == supple.Kernel((3, 5), transform=True)
