@@ -342,16 +342,22 @@ class Elastic:
     # --- importance -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def sort(self, importance: Mapping[str, Tensor] | str = "l1") -> None:
+    def sort(
+        self,
+        importance: Mapping[str, Tensor] | str = "l1",
+        beside: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
         """Reorder units so that every prefix holds the most important ones.
 
         The full network computes the same as before. Optimizers that hold moments of the
-        parameters must be made anew.
+        parameters must be made anew, or the moments given as `beside`.
 
         Args:
             importance: For a site's name, a score per unit (higher stays longer), shape
                 (full,); sites without an entry keep their order. A name is that of a rule of
                 `importance`.
+            beside: Other tensors of the parameters' shapes, by parameter name (moments,
+                averages), which are reordered alike.
 
         Raises:
             SettingError: A site or rule does not exist, or a score has the wrong length.
@@ -368,7 +374,7 @@ class Elastic:
                 )
             rank = torch.argsort(score.detach().cpu(), descending=True, stable=True).numpy()
             order.update(expand_order(group, rank))
-        permute(self.module, self.graph, order)
+        permute(self.module, self.graph, order, beside)
         self.drop_statistics()
 
     def importance(self, rule: str = "l1") -> dict[str, Tensor]:

@@ -39,15 +39,25 @@ def expand_order(group: Group, order: np.ndarray) -> dict[Atom, np.ndarray]:
 
 
 @torch.no_grad()
-def permute(model: nn.Module, graph: Graph, order: Mapping[Atom, np.ndarray]) -> None:
-    """Reorder the positions of parameters and buffers in place, coupled ones together."""
+def permute(
+    model: nn.Module,
+    graph: Graph,
+    order: Mapping[Atom, np.ndarray],
+    beside: Sequence[Mapping[str, Tensor]] = (),
+) -> None:
+    """Reorder the positions of parameters and buffers in place, coupled ones together.
+
+    Tensors `beside` them, found by the same names, are reordered alike.
+    """
     owned: dict[str, Tensor] = dict(model.named_parameters())
     owned.update(model.named_buffers())
     for name, dims in graph.tensors.items():
-        tensor = owned[name]
+        tensors = [owned[name], *(group[name] for group in beside if name in group)]
         for dim, structure in enumerate(dims):
             index = positions(structure, order)
-            if not np.array_equal(index, np.arange(tensor.shape[dim])):
+            if np.array_equal(index, np.arange(owned[name].shape[dim])):
+                continue
+            for tensor in tensors:
                 moved = torch.as_tensor(index, device=tensor.device)
                 tensor.copy_(tensor.index_select(dim, moved))
 

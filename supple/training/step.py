@@ -303,6 +303,28 @@ class SizesRun:
         if self.average is not None:
             self.average = Average(self._module, self.average.decay)
 
+    def sort(self, importance: Mapping[str, Tensor] | str = "l1") -> None:
+        """Reorders the network's units as `net.sort` does, and their moments and average along.
+
+        Args:
+            importance: What `net.sort` takes.
+
+        Raises:
+            SettingError: The network can't be sorted so.
+        """
+        sort = getattr(self.net, "sort", None)
+        if sort is None:
+            raise SettingError(
+                f"a {type(self.net).__name__} can't be sorted: it is not elastic"
+            )
+        beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, parameter in self._module.named_parameters():
+            for kind, moment in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                    beside[kind][name] = moment
+        averages = [] if self.average is None else [self.average.state_dict()["average"]]
+        sort(importance, beside=[*beside.values(), *averages])
+
     def keep_teacher(self, role: str) -> None:
         """Lets a frozen copy of the whole network, as it is now, teach from here on.
 

@@ -25,6 +25,7 @@ from supple.supernet.base import (
     nested_chain,
     random_in_band,
 )
+from supple.testing import rules
 from supple.training.losses import Distillation, Labels
 from supple.training.schedule import Constant, Scaled
 from supple.training.step import Pass, Sampler, SizesRun, StepOptions, WholeOnly
@@ -334,3 +335,38 @@ def test_bands_of_a_subspace_have_its_own_costs():
     drawn = [entry for _ in range(40) for entry in sampler.sample(0, None)]
     widths = {(entry.role, entry.config["width"]) for entry in drawn}
     assert widths == {("band-0", 4), ("band-1", 6)}
+
+
+def test_sorting_takes_moments_and_the_average_along() -> None:
+    """A run whose units are reordered goes on as the same run with units in the old order."""
+    plain, moved = (rules.network() for _ in range(2))
+    runs = [
+        SizesRun(
+            net,
+            torch.optim.Adam(net.module.parameters(), lr=0.01),
+            WholeOnly(net.space.largest()),
+            Labels(stub.loss),
+            options=StepOptions(ema=0.5),
+        )
+        for net in (plain, moved)
+    ]
+    for batch in stub.vectors():
+        for run in runs:
+            run.step(batch)
+    before = moved.module[0].weight.detach().clone()
+    runs[1].sort("read_l1")
+    assert not torch.equal(moved.module[0].weight.detach(), before)
+    for batch in stub.vectors(seed=5):
+        for run in runs:
+            run.step(batch)
+    x = stub.vectors()[0][0]
+    torch.testing.assert_close(moved.module(x), plain.module(x))
+    with runs[0].average.applied(), runs[1].average.applied():
+        torch.testing.assert_close(moved.module(x), plain.module(x))
+
+
+def test_only_elastic_networks_are_sorted() -> None:
+    module = nn.Linear(2, 2)
+    run = SizesRun(module, torch.optim.SGD(module.parameters()), WholeOnly(), Labels(stub.loss))
+    with pytest.raises(SettingError, match="a Linear can't be sorted"):
+        run.sort()
