@@ -31,7 +31,7 @@ from supple.graph.blocks import residual_gains
 from supple.graph.couple import Graph, Group, analyse
 from supple.graph.dims import Atom
 from supple.graph.order import expand_order, l1, permute, read_l1
-from supple.plan import Plan, Shadows
+from supple.plan import Layout, Plan, Shadows
 from supple.recompute import recomputing
 from supple.sharded import refuse_sharded
 from supple.space import Config, Fixed, Site, Space
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from supple.graph.verify import Report
 
 __all__ = ["Elastic", "elastic"]
+
+#: How many sizes are remembered, worked out.
+PLANS = 256
 
 
 def elastic(
@@ -145,6 +148,7 @@ class Elastic:
         self.verified = False
         self.seconds: dict[str, float] = {}
         self._plans: dict[Config, Plan] = {}
+        self._layout: Layout | None = None
         self._costs: Any = None
         self._counted: Counts | None = None
         self._lock = threading.Lock()
@@ -213,7 +217,7 @@ class Elastic:
             SettingError: A site or choice does not exist (the message names the nearest).
             ConcurrencyError: Another size of this network is active.
         """
-        chosen = self.space.config(config)
+        chosen = self._canonical(config)
         self._claim(chosen)
         try:
             with self._applied(chosen):
@@ -221,6 +225,11 @@ class Elastic:
         finally:
             with self._lock:
                 self._active = None
+
+    def _canonical(self, config: Config | Mapping[str, int]) -> Config:
+        if isinstance(config, Config) and config in self._plans:
+            return config  # plans are kept by canonical config
+        return self.space.config(config)
 
     def _claim(self, config: Config) -> None:
         with self._lock:
@@ -454,11 +463,14 @@ class Elastic:
 
     def plan(self, config: Config) -> Plan:
         """The changes that a canonical config makes, worked out once."""
-        plan = self._plans.get(config)
+        plan = self._plans.pop(config, None)
         if plan is None:
-            if len(self._plans) > 512:
-                self._plans.clear()
-            plan = self._plans[config] = Plan(self.graph, self.patch(config))
+            if self._layout is None:
+                self._layout = Layout(self.graph)
+            plan = Plan(self.graph, self.patch(config), self._layout)
+        self._plans[config] = plan  # the last one is the one used last
+        if len(self._plans) > PLANS:
+            self._plans.pop(next(iter(self._plans)), None)
         return plan
 
     def on(self, model: nn.Module) -> Elastic:
@@ -479,6 +491,7 @@ class Elastic:
         fixed = [*self.space.fixed, *(Fixed(name, why) for name, why in reasons.items())]
         self.space = Space(self._conditioned(left), fixed)
         self._plans.clear()
+        self._layout = None
         self._costs = None
 
     def _conditioned(self, sites: list[Site]) -> list[Site]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from supple.axes.base import InputTransform, Patch, Reshaped, parameters_of, without_added
 from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
-from supple.graph.dims import Atom, Dim, atoms, positions
+from supple.graph.dims import Atom, Dim, atoms, find, positions
 from supple.graph.integers import AttributeKey
 from supple.sharded import gathered, refuse_sharded
 
-__all__ = ["Plan", "Slice"]
+__all__ = ["Layout", "Plan", "Slice"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,20 @@ class Slice:
 
     steps: tuple[tuple[int, int | Tensor], ...]
 
+    @cached_property
+    def _prefix(self) -> dict[int, int] | None:
+        """The length by dimension, where all steps are prefixes."""
+        lengths = {dim: keep for dim, keep in self.steps if isinstance(keep, int)}
+        return lengths if len(lengths) == len(self.steps) else None
+
     def __call__(self, tensor: Tensor) -> Tensor:
+        prefix = self._prefix
+        if prefix is not None and type(tensor) in _PLAIN and _dense(tensor):
+            # one view instead of one per dimension; also one zero-filled gradient, not several
+            size = list(tensor.shape)
+            for dim, length in prefix.items():
+                size[dim] = length
+            return tensor.as_strided(size, tensor.stride())
         for dim, keep in self.steps:
             if isinstance(keep, int):
                 tensor = tensor.narrow(dim, 0, keep)
@@ -39,19 +53,171 @@ class Slice:
         return tensor
 
 
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_contiguous()
+
+
 def slice_of(dims: list[Dim], sizes: Mapping[Atom, int], device: torch.device) -> Slice:
     """The slice of a tensor with these dimensions when its atoms have these sizes."""
-    steps: list[tuple[int, int | Tensor]] = []
-    for number, dim in enumerate(dims):
-        smaller = {a: np.arange(sizes[a]) for a in atoms(dim) if sizes.get(a, a.size) < a.size}
-        if not smaller:
-            continue
-        index = positions(dim, smaller)
-        if np.array_equal(index, np.arange(len(index))):
-            steps.append((number, len(index)))
-        else:
-            steps.append((number, torch.as_tensor(index, device=device)))
-    return Slice(tuple(steps))
+    steps = ((number, _remaining(dim, sizes, device)) for number, dim in enumerate(dims))
+    return Slice(tuple((number, keep) for number, keep in steps if keep is not None))
+
+
+def _remaining(
+    dim: Dim, sizes: Mapping[Atom, int], device: torch.device
+) -> int | Tensor | None:
+    """What remains of a dimension: a prefix of this length, an index, or (None) all of it."""
+    smaller = {a: np.arange(sizes[a]) for a in atoms(dim) if sizes.get(a, a.size) < a.size}
+    if not smaller:
+        return None
+    index = positions(dim, smaller)
+    if np.array_equal(index, np.arange(len(index))):
+        return len(index)
+    return torch.as_tensor(index, device=device)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module has a parameter or buffer, and whose it is.
+
+    Attributes:
+        module: The module.
+        store: `_parameters` or `_buffers`.
+        attribute: The name in the module.
+        owner: The full name under which the tensor is known; tied ones share it.
+        above: Paths of the module and of all that contain it, under each of its names.
+    """
+
+    module: nn.Module
+    store: str
+    attribute: str
+    owner: str
+    above: tuple[tuple[str, ...], ...]
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is there now; not kept, for it may be replaced."""
+        found: Tensor = getattr(self.module, self.store)[self.attribute]
+        return found
+
+    def remains(self, dropped: frozenset[str]) -> bool:
+        """Whether the module is still in the network without these blocks."""
+        return not dropped or not all(any(p in dropped for p in paths) for paths in self.above)
+
+
+class Layout:
+    """What the plans of one model share: where its tensors are, and what was worked out before.
+
+    Args:
+        graph: What is known of the model; its modules must not be replaced from now on.
+
+    Attributes:
+        modules: Modules by path.
+        owners: Where every parameter and buffer is, under every name.
+        places: The same, each place once.
+        running: Names of the running statistics of normalization layers.
+        lists: Modules that keep their own parameters, or weak references to them, in lists
+            (recurrent layers do), with the lists' names.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.modules = dict(graph.model.named_modules())
+        self.owners = _owners(graph.model)
+        self.places = self._places()
+        self.running = _running_names(self.modules)
+        self.lists = _lists_of_parameters(self.modules.values())
+        self._alike = self._alike_owners()
+        self._memo: dict[tuple[int, torch.device, tuple[int, ...]], int | Tensor | None] = {}
+
+    def _places(self) -> list[Place]:
+        aliases = self._graph.recording.aliases
+        names: dict[tuple[int, str], list[str]] = {}
+        for name, (module, _, attribute) in self.owners.items():
+            names.setdefault((id(module), attribute), []).append(name)
+        places = []
+        for same in names.values():
+            module, store, attribute = self.owners[same[0]]
+            above = tuple(_above(name) for name in same)
+            # what an axis added was not there when the network was recorded
+            owner = aliases.get(same[0], same[0])
+            places.append(Place(module, store, attribute, owner, above))
+        return places
+
+    def _alike_owners(self) -> list[tuple[list[tuple[Dim, tuple[Atom, ...]]], list[str]]]:
+        """Names of tensors that have the same dimensions, with these and their atoms."""
+        alike: dict[tuple[int, ...], tuple[list[tuple[Dim, tuple[Atom, ...]]], list[str]]] = {}
+        for name, dims in self._graph.tensors.items():
+            found = [find(dim) for dim in dims]
+            described = [(dim, tuple(dict.fromkeys(atoms(dim)))) for dim in found]
+            alike.setdefault(tuple(map(id, found)), (described, []))[1].append(name)
+        return list(alike.values())
+
+    def slices(self, sizes: Mapping[Atom, int]) -> dict[str, Slice]:
+        """The slice of every tensor that is not whole at these sizes."""
+        found: dict[str, Slice] = {}
+        for dims, names in self._alike:
+            module, store, attribute = self.owners[names[0]]
+            device = getattr(module, store)[attribute].device
+            keeps = [self._kept(dim, inside, sizes, device) for dim, inside in dims]
+            steps = tuple((n, keep) for n, keep in enumerate(keeps) if keep is not None)
+            if steps:
+                found.update(dict.fromkeys(names, Slice(steps)))
+        return found
+
+    def _kept(
+        self,
+        dim: Dim,
+        inside: tuple[Atom, ...],
+        sizes: Mapping[Atom, int],
+        device: torch.device,
+    ) -> int | Tensor | None:
+        now = tuple([sizes.get(atom, atom.size) for atom in inside])
+        key = (id(dim), device, now)
+        if key not in self._memo:
+            if len(self._memo) >= _REMEMBERED:
+                self._memo.clear()
+            self._memo[key] = _remaining(dim, sizes, device)
+        return self._memo[key]
+
+
+_REMEMBERED = 16_384
+
+
+def _above(name: str) -> tuple[str, ...]:
+    """Paths of the modules that contain the tensor of this name, from the root down."""
+    path = name.rpartition(".")[0]
+    parts = path.split(".") if path else []
+    return tuple(".".join(parts[:count]) for count in range(len(parts) + 1))
+
+
+def _running_names(modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Buffers that hold running statistics of normalization layers."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in modules.items()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name in module._buffers
+        if module._buffers[name] is not None
+    )
+
+
+def _lists_of_parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    found = []
+    for module in modules:
+        owned = {id(t) for t in module._parameters.values() if t is not None}
+        for name, items in vars(module).items():
+            if owned and isinstance(items, list) and any(id(t) in owned for t in _held(items)):
+                found.append((module, name))
+    return found
+
+
+def _held(items: list[Any]) -> list[Any]:
+    """The items, and what weak references among them refer to."""
+    return [item() if isinstance(item, weakref.ref) else item for item in items]
 
 
 class Plan:
@@ -60,16 +226,16 @@ class Plan:
     Args:
         graph: What is known of the model.
         patch: The merged patch of a size; an empty one is the full network.
+        layout: What plans of the same graph share; its own by default.
     """
 
-    def __init__(self, graph: Graph, patch: Patch) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, patch: Patch, layout: Layout | None = None) -> None:
         self._patch = patch
         self._model = graph.model
-        self._modules = dict(graph.model.named_modules())
+        self._layout = layout or Layout(graph)
+        self._modules = self._layout.modules
         self._attributes = {**graph.sizes.attributes(patch.sizes), **patch.attributes}
-        self._slices = self._needed_slices()
-        self._owners = _owners(graph.model)
+        self._slices = self._layout.slices(patch.sizes)
         self._short = [
             s for s in graph.stacks if any(s.path(b) in patch.dropped for b in s.blocks)
         ]
@@ -82,16 +248,25 @@ class Plan:
             or patch.inputs
             or patch.downstream
         )
+        self._running, self._changed = self._changing_places()
+        changing = {id(place.module) for place in self._changed}
+        self._lists = [entry for entry in self._layout.lists if id(entry[0]) in changing]
 
-    def _needed_slices(self) -> dict[str, Slice]:
-        tensors: dict[str, Tensor] = dict(self._model.named_parameters())
-        tensors.update(self._model.named_buffers())
-        found: dict[str, Slice] = {}
-        for name, dims in self._graph.tensors.items():
-            needed = slice_of(dims, self._patch.sizes, tensors[name].device)
-            if needed.steps:
-                found[name] = needed
-        return found
+    def _changing_places(self) -> tuple[list[Place], list[Place]]:
+        """Where a running statistic, and where any other tensor is shadowed."""
+        # a module that takes another's place may come from a block that is left out
+        moved = any(isinstance(module, str) for module in self._patch.modules.values())
+        dropped = frozenset() if moved else self._patch.dropped
+        running: list[Place] = []
+        changed: list[Place] = []
+        for place in self._layout.places:
+            if not place.remains(dropped):
+                continue
+            if place.owner in self._layout.running:
+                running.append(place)
+            elif place.owner in self._slices or place.owner in self._patch.tensors:
+                changed.append(place)
+        return running, changed
 
     def sliced(self, name: str, tensor: Tensor) -> Tensor:
         """The sub-network's value of the tensor called `name`."""
@@ -103,7 +278,7 @@ class Plan:
         return tensor
 
     def _parameter(self, name: str) -> Tensor:
-        module, store, attribute = self._owners[name]
+        module, store, attribute = self._layout.owners[name]
         value: Tensor = gathered(getattr(module, store)[attribute])
         return value
 
@@ -131,24 +306,21 @@ class Plan:
             undo.undo()
 
     def _shadow_tensors(self, undo: Shadows, statistics: Mapping[str, Tensor] | None) -> None:
-        aliases = self._graph.recording.aliases
-        running = self._running_names()
         made: dict[str, Tensor] = {}
+        own = statistics or {}
         with torch.enable_grad():
-            for name, (module, store, attribute) in self._owners.items():
-                # what an axis added was not there when the network was recorded
-                owner, tensor = aliases.get(name, name), getattr(module, store)[attribute]
-                if owner in running:
-                    # a copy: training at a partial size must not reach what is kept
-                    own = (statistics or {}).get(owner)
-                    value = (self.sliced(owner, tensor) if own is None else own).clone()
-                elif owner in self._slices or owner in self._patch.tensors:
-                    if owner not in made:
-                        made[owner] = self.sliced(owner, gathered(tensor))
-                    value = made[owner]
-                else:
-                    continue
-                undo.put(vars(module), attribute, value)
+            for place in self._running:
+                # a copy: training at a partial size must not reach what is kept
+                value = own.get(place.owner)
+                if value is None:
+                    value = self.sliced(place.owner, place.tensor)
+                undo.put(vars(place.module), place.attribute, value.clone())
+            for place in self._changed:
+                value = made.get(place.owner)
+                if value is None:
+                    value = self.sliced(place.owner, gathered(place.tensor))
+                    made[place.owner] = value
+                undo.put(vars(place.module), place.attribute, value)
         self._shadow_lists(undo)
 
     def _shadow_lists(self, undo: Shadows) -> None:
@@ -156,28 +328,12 @@ class Plan:
 
         Recurrent layers do both, and renew the lists when a weight is not the one in them.
         """
-        for module in self._modules.values():
+        for module, name in self._lists:
             owned = {id(t): name for name, t in module._parameters.items() if t is not None}
-            if not any(name in vars(module) for name in owned.values()):
-                continue
-            for name, items in list(vars(module).items()):
-                if not isinstance(items, list):
-                    continue
-                weak = any(isinstance(item, weakref.ref) for item in items)
-                tensors = [t() if isinstance(t, weakref.ref) else t for t in items]
-                if any(id(tensor) in owned for tensor in tensors):
-                    now = [vars(module).get(owned.get(id(t), ""), t) for t in tensors]
-                    undo.put(vars(module), name, [*map(weakref.ref, now)] if weak else now)
-
-    def _running_names(self) -> set[str]:
-        """Buffers that hold running statistics of normalization layers."""
-        return {
-            f"{path}.{name}" if path else name
-            for path, module in self._modules.items()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
-            for name in module._buffers
-            if module._buffers[name] is not None
-        }
+            items = vars(module)[name]
+            weak = any(isinstance(item, weakref.ref) for item in items)
+            now = [vars(module).get(owned.get(id(t), ""), t) for t in _held(items)]
+            undo.put(vars(module), name, [*map(weakref.ref, now)] if weak else now)
 
     def _shorten(self, modules: Mapping[str, nn.Module], undo: Shadows) -> dict[str, nn.Module]:
         """Leave out blocks, swap modules: shorter containers, renumbered blocks and lists.
@@ -187,9 +343,9 @@ class Plan:
         """
         placed: dict[str, nn.Module] = {}
         replaced = {path: self._standing(m, modules) for path, m in self._patch.modules.items()}
-        for container, keep in self._kept().items():
+        for container, keep in self._kept.items():
             blocks = list(modules[container]._modules.values())
-            for key, value in self._renumbered(container, keep):
+            for key, value in self._numbers[container]:
                 set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
                 undo.put(holder, name, type(items)(items[b] for b in keep))
@@ -217,6 +373,7 @@ class Plan:
         """The module that stands in another's place."""
         return modules[module] if isinstance(module, str) else module
 
+    @cached_property
     def _kept(self) -> dict[str, list[int]]:
         """For every shortened container, the positions of the children that stay."""
         kept: dict[str, list[int]] = {}
@@ -225,6 +382,11 @@ class Plan:
             gone = {b for b in stack.blocks if stack.path(b) in self._patch.dropped}
             kept[stack.container] = [b for b in before if b not in gone]
         return kept
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[tuple[AttributeKey, int]]]:
+        """For every shortened container, the integers that number its blocks."""
+        return {path: list(self._renumbered(path, keep)) for path, keep in self._kept.items()}
 
     def _renumbered(
         self, container: str, keep: list[int]
@@ -241,7 +403,7 @@ class Plan:
         """A copy of the model with the changes made for good; it shares nothing with it."""
         refuse_sharded(self._model, "extract")
         memo: dict[int, Any] = {}
-        running = self._running_names()
+        running = self._layout.running
         for name, tensor in _first_owners(self._model):
             value = self.sliced(name, tensor.detach())
             if statistics is not None and name in running and name in statistics:
@@ -265,10 +427,10 @@ class Plan:
         return with_changed_inputs(model, modules, self._patch)
 
     def _cut_blocks(self, modules: dict[str, nn.Module], undo: Shadows) -> None:
-        for container, keep in self._kept().items():
+        for container, keep in self._kept.items():
             module = modules[container]
             blocks = list(module._modules.values())
-            for key, value in self._renumbered(container, keep):
+            for key, value in self._numbers[container]:
                 set_integer(modules[key.module], key, value, undo)
             for holder, name, items in per_layer_lists(modules, container, len(blocks)):
                 holder[name] = type(items)(items[b] for b in keep)
@@ -303,8 +465,8 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 def _with_children(container: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
     """A container like this one that holds other children."""
-    other = copy.copy(container)
-    vars(other)["_modules"] = dict(children)
+    other = container.__new__(type(container))
+    vars(other).update(vars(container), _modules=dict(children))
     return other
 
 

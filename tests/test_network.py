@@ -1017,3 +1017,30 @@ def test_configs_may_be_given_as_config_or_mapping() -> None:
         one = run(net, net.args, {})
     with net.at({"blocks.depth": 1, "stem": 3}):
         assert_same(run(net, net.args, {}), one)
+
+
+def test_the_sizes_used_last_are_remembered_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("supple.network.PLANS", 3)
+    net = zoo_net("bert")
+    largest, smallest = net.space.largest(), net.space.smallest()
+    first = net.plan(largest)
+    for seed in range(8):
+        net.plan(net.space.random(seed))
+        assert net.plan(largest) is first
+        assert len(net._plans) <= 3
+    second = net.plan(smallest)
+    for seed in range(8):
+        net.plan(net.space.random(seed))
+    assert net.plan(smallest) is not second
+
+
+def test_a_config_seen_before_is_still_checked_against_the_sites_of_now() -> None:
+    net = zoo_net("bert")
+    config = net.space.smallest()
+    with net.at(config):
+        pass
+    net.remove_sites({net.space.sites[0].name: "a test"})
+    with pytest.raises(SettingError), net.at(config):
+        pass

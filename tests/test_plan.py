@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from supple.graph.blocks import Stack
 from supple.graph.couple import analyse
 from supple.graph.dims import Atom, concatenation, product
 from supple.graph.integers import AttributeKey
-from supple.plan import Plan, Slice, per_layer_lists, positional_attributes, slice_of
+from supple.plan import Layout, Plan, Slice, per_layer_lists, positional_attributes, slice_of
 from tests.graph.checks import assert_same, assert_untouched, run, shake, state_of
 from tests.zoo import ZOO
 
@@ -302,3 +303,71 @@ def test_sizes_of_a_group_keep_their_proportion() -> None:
         shares = {size / atom.size for atom, size in half.items()}
         assert len(shares) == 1
         assert np.isclose(next(iter(shares)) * group.full % group.unit, 0)
+
+
+# --- speed -------------------------------------------------------------------------------
+
+
+def test_a_slice_in_two_dimensions_is_one_view_with_one_gradient() -> None:
+    owner = nn.Parameter(torch.arange(12.0).reshape(4, 3))
+    value = Slice(((0, 2), (1, 2)))(owner)
+    assert value.grad_fn is not None
+    assert (
+        value.grad_fn.next_functions[0][0] is torch.autograd.graph.get_gradient_edge(owner).node
+    )
+    value.sum().backward()  # type: ignore[no-untyped-call]
+    assert owner.grad is not None
+    assert owner.grad.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_slices_are_differentiable_twice() -> None:
+    owner = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    cut = Slice(((0, 2), (1, 2)))
+    assert torch.autograd.gradcheck(lambda t: cut(t) ** 3, owner)
+    assert torch.autograd.gradgradcheck(lambda t: cut(t) ** 3, owner)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_slice_keeps_the_order_of_memory(memory_format: torch.memory_format) -> None:
+    tensor = torch.rand(4, 6, 3, 3).to(memory_format=memory_format)
+    view = Slice(((0, 2), (1, 4)))(tensor)
+    assert view.stride() == tensor[:2, :4].stride()
+    assert torch.equal(view, tensor[:2, :4])
+
+
+def test_a_slice_of_part_of_a_storage_starts_where_the_tensor_does() -> None:
+    tensor = torch.arange(24.0)[12:].reshape(4, 3)
+    assert torch.equal(Slice(((0, 2), (1, 2)))(tensor), tensor[:2, :2])
+
+
+def test_a_slice_of_an_expanded_tensor_is_right() -> None:
+    tensor = torch.arange(3.0).expand(4, 3)
+    assert Slice(((1, 2),))(tensor).tolist() == [[0, 1]] * 4
+
+
+def test_tensors_of_left_out_blocks_are_not_sliced() -> None:
+    model, args, kwargs = ZOO["llama"]()
+    graph = analyse(model, args, kwargs)
+    widths = [group for group in graph.groups if group.kind == "width"]
+    patch = merge(
+        [
+            *(Patch(sizes=group.sizes(group.unit)) for group in widths),
+            Patch(dropped=frozenset({"model.layers.1"})),
+        ]
+    )
+    layers = [model.get_submodule(f"model.layers.{i}.mlp.up_proj") for i in (0, 1)]
+    with Plan(graph, patch).applied(None):
+        assert "weight" in vars(layers[0])
+        assert "weight" not in vars(layers[1])
+
+
+def test_plans_of_one_layout_are_those_of_their_own() -> None:
+    model, args, kwargs = ZOO["llama"]()
+    graph = analyse(model, args, kwargs)
+    layout = Layout(graph)
+    for group in graph.groups:
+        patch = Patch(sizes=group.sizes(group.unit))
+        for own in (Plan(graph, patch), Plan(graph, patch, layout), Plan(graph, patch, layout)):
+            for name, tensor in model.named_parameters():
+                expected = slice_of(graph.tensors[name], patch.sizes, tensor.device)(tensor)
+                assert torch.equal(own.sliced(name, tensor), expected), name
