@@ -178,20 +178,22 @@ class StudyStore:
         Yields:
             Whether the study is still to be created.
         """
-        with contextlib.ExitStack() as held:
-            if self._file is not None:
-                held.enter_context(_locked(self._file.with_name(f".{self._file.name}.lock")))
-            elif self._is_postgres:
-                held.enter_context(self._advisory_lock())
+        with self._lock("create"):
             self._join()
             yield not self.exists
 
+    def _lock(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Keeps other workers from doing the same, where the study can be locked."""
+        if self._file is not None:
+            return _file_lock(self._file.with_name(f".{self._file.name}.{what}.lock"))
+        return self._advisory_lock(what) if self._is_postgres else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _advisory_lock(self) -> Iterator[None]:
+    def _advisory_lock(self, what: str) -> Iterator[None]:
         """Holds a lock that PostgreSQL releases when the connection ends, however it ends."""
         assert isinstance(self._storage, RDBStorage)
         engine = self._storage.engine
-        key = int(checksum(self.name.encode())[:15], 16)
+        key = int(checksum(f"{self.name} {what}".encode())[:15], 16)
 
         def taken() -> sqlalchemy.Connection:
             connection = engine.connect()
@@ -274,14 +276,16 @@ class StudyStore:
             CheckpointError: The file can't be read or written.
         """
         text = config.to_json()
-        refusal = _refusal(self._trials(), text, limit)
-        if refusal is not None:
-            return refusal
-        trial = self._ask(
-            lambda: self._storage.create_new_trial(self._study_id, self._running(config)),
-            done=lambda: self._claimed(text),
-        )
-        # Another worker may have claimed at the same moment: the lower number goes first.
+        with self._lock("claim"):
+            refusal = _refusal(self._trials(), text, limit)
+            if refusal is not None:
+                return refusal
+            trial = self._ask(
+                lambda: self._storage.create_new_trial(self._study_id, self._running(config)),
+                done=lambda: self._claimed(text),
+            )
+        # Where nothing can be locked, another worker may have claimed at the same moment: the
+        # lower number goes first.
         trials = self._trials()
         number = next(t.number for t in trials if t._trial_id == trial)
         refusal = _refusal([t for t in trials if t.number < number], text, limit)
@@ -759,7 +763,7 @@ def _is_away(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _file_lock(path: Path) -> Iterator[None]:
     """Holds a lock that the system releases when the process ends, however it ends."""
     try:
         import fcntl

@@ -140,8 +140,7 @@ def outcome(folder: Path) -> dict[str, str]:
 
 def leftovers(folder: Path) -> list[str]:
     """Files that belong to nothing: what was being written when a process died."""
-    ours = {".lock", ".prepare.lock", ".study.db.lock"}
-    hidden = [path for path in folder.rglob(".*") if path.name not in ours]
+    hidden = [path for path in folder.rglob(".*") if not path.name.endswith(".lock")]
     return [str(p) for p in hidden if not p.name.startswith(".network.")] + [
         str(p) for p in hidden if p.name.startswith(".network.") and p.suffix != ".json"
     ]
