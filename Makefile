@@ -13,7 +13,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint types imports fmt reproduce bench docs size lock check-technique clean
+.PHONY: help setup demo test test-all check lint types imports fmt postgres reproduce bench docs size lock check-technique clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,10 @@ types: setup  ## static types
 fmt: setup  ## format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+postgres:  ## install a PostgreSQL server for the tests that start one (Debian, as root)
+	@test -n "$$(ls /usr/lib/postgresql/*/bin/initdb 2>/dev/null)" || \
+		{ apt-get update -qq && apt-get install -qq --yes --no-install-recommends postgresql; }
 
 reproduce: setup  ## re-run the claims of papers (K=supernet/bignas: one of them)
 	$(BIN)/supple reproduce $(K)
