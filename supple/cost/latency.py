@@ -163,7 +163,7 @@ class LatencyModel:
             SettingError: The network has other sites, or this is another machine.
         """
         here = device_name(net.device, self.threads)
-        if net.space != self.space or here != self.device:
+        if net.space.digest != self.space.digest or here != self.device:
             raise SettingError(
                 f"this latency model is of {len(self.space)} sites on {self.device}; it can't "
                 f"be compared with a network of {len(net.space)} sites on {here}"
@@ -510,7 +510,7 @@ def _at_batch(net: Elastic, batch: int | None) -> Elastic:
     twin = Elastic(analyse(net.module, args, kwargs), args, kwargs, net.axes)
     known = set(net.space.names)
     twin.remove_sites({name: "not a site" for name in twin.space.names if name not in known})
-    if twin.space != net.space:
+    if twin.space.digest != net.space.digest:
         raise SettingError(
             f"the network's sites differ at batch size {batch}; give supple.elastic example "
             "inputs of that batch size"

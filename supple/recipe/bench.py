@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import supple
+from supple.cost.profile import DeviceProfile
 from supple.data.base import Dataset, Splits, find, load, loader
 from supple.errors import CheckpointError, SettingError, import_extra, nearest
 from supple.files import checksum
@@ -191,7 +192,15 @@ def build(
     recipe = materials.recipe
     model = materials.source.build(recipe.seed if seed is None else seed)
     args, kwargs = example_of(materials.splits.train.example(1))
-    net = supple.elastic(model, args, kwargs, axes=axes_of(recipe.axes), verify=failed is None)
+    profile = None if recipe.profile is None else DeviceProfile.load(recipe.profile)
+    net = supple.elastic(
+        model,
+        args,
+        kwargs,
+        axes=axes_of(recipe.axes),
+        verify=failed is None,
+        profile=profile,
+    )
     if failed:
         net.remove_sites(failed)
     return Bench(materials, net)
@@ -207,7 +216,9 @@ def _source(recipe: Recipe, splits: Splits, allow_code: bool) -> ModelSource:
 def sources(materials: Materials) -> dict[str, Any]:
     """What the elastic stage is computed from, JSON-able: the first link of the chain."""
     recipe = materials.recipe
+    profile = {} if recipe.profile is None else {"profile": _print_of(Path(recipe.profile))}
     return {
+        **profile,
         "seed": recipe.seed,
         "model": recipe.model.model_dump(mode="json"),
         "model_files": [_print_of(path) for path in materials.source.files],

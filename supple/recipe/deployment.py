@@ -14,6 +14,7 @@ from supple.cost.measure import with_batch
 from supple.errors import BudgetError
 from supple.files import checksum, read_tensors, write_tensors
 from supple.recipe.bench import Bench, example_of
+from supple.recipe.latency import latency_inputs, prediction
 from supple.recipe.schema import Budget
 from supple.recipe.stage import Outcome, Record, RunFolder, written_once
 from supple.space import Config
@@ -89,7 +90,8 @@ def deploy_size(
 
     Returns:
         The stage's record: `config`, `elastic` and perhaps `compressed` (figures on the test
-        set), `costs`, `latency`, `spread`, `memory`, `device`, `file_bytes`, `files`.
+        set), `costs`, `latency`, `spread`, `memory`, `device`, `file_bytes`, `files`, and
+        where a latency model was used `predicted` (`seconds`, and its `error`).
 
     Raises:
         ExportError: A format refused the network (the message names the operator), or the
@@ -104,6 +106,7 @@ def deploy_size(
         "export": list(deploy.export),
         "recalibration_batches": bench.recipe.search.recalibration_batches,
         "metric": bench.metric,
+        **latency_inputs(bench.recipe),
     }
 
     def work(folder: Path) -> Outcome:
@@ -128,6 +131,9 @@ def deploy_size(
         ]
         result = {"config": dict(config), "where": where or {}, **figures}
         result |= _measured(module, args, kwargs)
+        predicted = None if deploy.compress else prediction(bench, config)
+        if predicted is not None:
+            result["predicted"] = predicted
         result["file_bytes"] = sum(
             path.stat().st_size for path in weights if path.suffix == ".safetensors"
         )

@@ -10,6 +10,7 @@ from torch import nn
 import supple
 from supple.files import checksum, write_text
 from supple.recipe.bench import Bench
+from supple.recipe.latency import costs_of, latency_inputs
 from supple.recipe.stage import Outcome, Record, RunFolder
 from supple.study.front import Front
 from supple.technique import from_settings
@@ -24,7 +25,8 @@ def search_inputs(bench: Bench, train: Record) -> dict[str, Any]:
     search = bench.recipe.search
     return {
         "train": train.digest,
-        "search": search.model_dump(mode="json", exclude={"evaluations"}),
+        "search": search.model_dump(mode="json", exclude={"evaluations", "latency"}),
+        **latency_inputs(bench.recipe),
     }
 
 
@@ -66,7 +68,7 @@ def search_front(
         front = supple.pareto(
             bench.net,
             evaluate,
-            list(search.costs),
+            costs_of(bench),
             algorithm=from_settings(search.technique.key, search.technique.settings),
             evaluations=search.evaluations,
             study=folder / LOCAL if study is None else study,

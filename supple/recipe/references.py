@@ -135,6 +135,13 @@ def _check_costs(recipe: Recipe, source: Source) -> None:
                 ("search", "costs", index),
                 f"no cost is called {cost!r}{nearest(cost, known)}; use {', '.join(known)}",
             )
+    predicted = [cost for cost in recipe.search.costs if "[predicted" in cost]
+    if predicted and recipe.search.latency is None:
+        raise source.error(
+            ("search", "costs", recipe.search.costs.index(predicted[0])),
+            f"{predicted[0]!r} needs search.latency, the file of a latency model; "
+            "`supple profile` with this recipe writes one",
+        )
     allowed = (*recipe.search.costs, *CLOSED_COSTS, recipe.search.metric or "accuracy")
     for index, budget in enumerate(recipe.deploy.budgets):
         for cost, limit in budget.where.items():

@@ -116,7 +116,9 @@ class Search(Section):
         technique: The algorithm, written as `search/nsga2: {settings}`.
         evaluations: Networks to evaluate, at least 1.
         costs: Closed forms (`params`, `macs`, `weight_bytes`, `activation_bytes`) and
-            measured ones (`latency[batch=1]`, `memory`).
+            measured ones (`latency[batch=1]`, `memory`); `latency[predicted]` by the model
+            in `latency`.
+        latency: File of a latency model, as `supple profile` writes it for a recipe.
         metric: The figure of the validation set that sizes are chosen by; by default the
             task's own (`accuracy` or `perplexity`). `loss` tells more sizes apart where the
             validation set is small.
@@ -127,6 +129,7 @@ class Search(Section):
     technique: Chosen = Choice(key="search/nsga2")
     evaluations: Count = 100
     costs: tuple[str, ...] = Field(default=("params", "macs"), min_length=1)
+    latency: str | None = None
     metric: str | None = None
     recalibration_batches: Count = 8
 
@@ -215,6 +218,8 @@ class Recipe(Section):
             with its settings.
         data: A data set by its key, with its settings.
         axes: Settings by axis; without any, Width, Heads and Depth as they come.
+        profile: File of a device profile, as `supple profile` writes it: widths are rounded
+            to the multiples that pay there, unless `axes` give a divisor.
         train: How the shared weights are trained.
         search: How the sizes are found.
         deploy: What is deployed.
@@ -237,6 +242,7 @@ class Recipe(Section):
     model: Chosen
     data: Chosen
     axes: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    profile: str | None = None
     train: Train
     search: Search = Search()
     deploy: Deploy = Deploy()

@@ -106,6 +106,7 @@ def _network(name: str, record: Record, train: Record, compared: Record | None) 
         costs=found["costs"],
         latency=found["latency"],
         latency_spread=found["spread"],
+        predicted=found.get("predicted"),
         memory=found["memory"],
         file_bytes=found["file_bytes"],
         where=found["where"],

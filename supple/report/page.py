@@ -12,7 +12,14 @@ from supple import files
 from supple.report.plots import curves_figure, front_figure, svg_text, write_png
 from supple.report.style import STYLE
 from supple.report.summary import Network, Outcome, Summary, summary_to_json
-from supple.report.words import bytes_text, count_text, metric_text, seconds_text, way_text
+from supple.report.words import (
+    bytes_text,
+    count_text,
+    metric_text,
+    predicted_text,
+    seconds_text,
+    way_text,
+)
 
 __all__ = ["page_html", "write_report"]
 
@@ -177,7 +184,9 @@ def _cells(summary: Summary, network: Network, outcome: Outcome, best: Outcome) 
 
 
 def _latency(network: Network) -> str:
-    return f"{seconds_text(network.latency)} ± {seconds_text(network.latency_spread)}"
+    measured = f"{seconds_text(network.latency)} ± {seconds_text(network.latency_spread)}"
+    said = predicted_text(network.predicted).strip()
+    return f"{measured}<small>{escape(said)}</small>" if said else measured
 
 
 def _best(summary: Summary, outcomes: Sequence[Outcome]) -> Outcome:

@@ -39,6 +39,8 @@ class Network:
         costs: `params`, `macs` and the rest by name; bytes and seconds in SI units.
         latency: Median seconds of a forward, measured.
         latency_spread: Spread of the measurements in seconds.
+        predicted: What a latency model said before: `seconds`, and its median relative
+            `error`; or None.
         memory: Peak bytes of a forward, measured, or None.
         file_bytes: Size of the weights' file.
         where: The budget, by cost.
@@ -53,6 +55,7 @@ class Network:
     latency_spread: float
     file_bytes: int
     memory: float | None = None
+    predicted: Mapping[str, float] | None = None
     where: Mapping[str, str] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
     files: tuple[str, ...] = ()

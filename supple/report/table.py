@@ -6,7 +6,13 @@ from rich import box
 from rich.table import Table
 
 from supple.report.summary import Network, Outcome, Summary
-from supple.report.words import bytes_text, count_text, metric_text, seconds_text
+from supple.report.words import (
+    bytes_text,
+    count_text,
+    metric_text,
+    predicted_text,
+    seconds_text,
+)
 
 __all__ = ["networks_table"]
 
@@ -54,7 +60,7 @@ def _cells(summary: Summary, network: Network, outcome: Outcome) -> tuple[str, .
         network.name if outcome is network.outcomes[0] else "",
         _WAYS.get(outcome.way, outcome.way) + (f", {outcome.note}" if outcome.note else ""),
         metric_text(summary.metric, outcome.metrics[summary.metric]),
-        seconds_text(network.latency),
+        seconds_text(network.latency) + predicted_text(network.predicted),
         count_text(network.costs["params"]),
         count_text(network.costs["macs"]),
         bytes_text(network.file_bytes),

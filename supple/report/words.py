@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from supple.quantity import show, unit_of
 
-__all__ = ["bytes_text", "count_text", "metric_text", "seconds_text", "value_text", "way_text"]
+__all__ = [
+    "bytes_text",
+    "count_text",
+    "metric_text",
+    "predicted_text",
+    "seconds_text",
+    "value_text",
+    "way_text",
+]
 
 _WAYS = {
     "elastic": "one supernet",
@@ -46,6 +56,21 @@ def seconds_text(value: float) -> str:
         return show(value, "s")
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes} min {seconds} s"
+
+
+def predicted_text(predicted: Mapping[str, float] | None) -> str:
+    """Words what was predicted beside what was measured; nothing where nothing was.
+
+    Example:
+        >>> predicted_text({"seconds": 0.0021, "error": 0.014})
+        ' (predicted 2.1 ms ±1.4 %)'
+        >>> predicted_text(None)
+        ''
+    """
+    if predicted is None:
+        return ""
+    error = show(100 * predicted["error"], digits=2)
+    return f" (predicted {show(predicted['seconds'], 's')} ±{error} %)"
 
 
 def metric_text(name: str, value: float) -> str:

@@ -262,6 +262,13 @@ def test_a_model_is_read_back(net, model, tmp_path) -> None:
         LatencyModel.load(path)
 
 
+def test_a_model_that_was_read_back_knows_its_network(net, model, tmp_path) -> None:
+    model.save(tmp_path / "latency.json")
+    read = LatencyModel.load(tmp_path / "latency.json")
+    found = read.compare(net, [net.space.smallest()], rounds=1, seconds=0.0)
+    assert found.predicted == model.predict(net.space.smallest())
+
+
 def test_a_model_with_a_table_of_the_wrong_size_is_refused(model, tmp_path) -> None:
     from supple.files import read_json, write_json
 
