@@ -302,7 +302,8 @@ def interleaved(
 
     Each round visits all of them in a random order, and the next round in the reverse of it
     (as A B B A does for two): what a machine's drift adds to one early it adds to another late.
-    Each visit begins with a call that isn't timed, and gives the median of its timed calls.
+    Each visit begins with a call that isn't timed, and gives the lower quartile of its timed
+    calls: other programs only ever add time.
 
     Args:
         count: How many things there are, at least 1.
@@ -337,14 +338,16 @@ def _visit(run: Callable[[], object], device: torch.device, seconds: float) -> f
         return time.perf_counter() - begin
 
     once()
-    return statistics.median(_repeat(once, seconds=seconds, least=3, most=1000))
+    low, _, _ = _quartiles(_repeat(once, seconds=seconds, least=3, most=1000))
+    return low
 
 
 def without_drift(times: FloatArray) -> FloatArray:
     """Makes one figure of all visits: what was slower in a whole round is taken out.
 
     The logarithm of a time is taken as the sum of what is timed and of the round, found by
-    alternating medians, so that a disturbed visit counts little.
+    alternating medians; of an item's visits, the lower quartile is taken then, so that
+    disturbed ones don't count as long as some were not.
 
     Args:
         times: Seconds, shape (rounds, count), as `interleaved` gives them.
@@ -363,7 +366,7 @@ def without_drift(times: FloatArray) -> FloatArray:
         alone = np.median(logs - drift, axis=0)
         drift = np.median(logs - alone, axis=1, keepdims=True)
         drift -= np.median(drift)
-    found: FloatArray = np.exp(np.median(logs - drift, axis=0))
+    found: FloatArray = np.exp(np.quantile(logs - drift, 0.25, axis=0))
     return found
 
 
