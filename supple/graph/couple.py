@@ -23,6 +23,7 @@ from supple.graph.dims import Atom, Dim, Product, Sum, atoms, evaluate, find, ke
 from supple.graph.indices import follow_indices
 from supple.graph.integers import AttributeKey, leaves
 from supple.graph.learned import learned_rule
+from supple.graph.opaque import hold_what_is_not_seen
 from supple.graph.record import Recording, record
 from supple.graph.rules import RULES, Dims, Propagation, fixed, pointwise
 from supple.graph.sizes import Sizes
@@ -113,6 +114,9 @@ def propagate(recording: Recording, before: Propagation | None = None) -> Propag
     """
     p = before or Propagation()
     p.weights = frozenset(ref.storage for ref in recording.tensors.values())
+    p.literals.update(recording.literals)
+    p.used.update(ref.id for call in recording.calls for ref in call.inputs)
+    p.used.update(ref.id for ref in recording.outputs)
     for name, ref in recording.tensors.items():
         if name not in p.owned:
             p.owned[name] = [Atom(n) if n != 1 else fixed(1, "") for n in ref.shape]
@@ -131,6 +135,7 @@ def propagate(recording: Recording, before: Propagation | None = None) -> Propag
                 p.unknown[call.name] = "its rule does not give the shape that it returned"
                 dims = [fixed(n, f"the operator {name} is not understood") for n in ref.shape]
             p.dims.setdefault(ref.id, dims)
+    hold_what_is_not_seen(recording, p)
     for position in final_outputs(recording):
         for dim in p.of(recording.outputs[position]):
             pin(dim, "it is a dimension of the model's output")
@@ -248,13 +253,14 @@ def _find_groups(graph: Graph) -> None:
         unit = 0
         if not reason:
             together, unit, reason = _satisfiable(graph, atom, taken)
-        if reason:
-            reasons.setdefault(label, reason)
-            continue
         kind = kinds.get(atom, "width")
+        if reason:
+            heads = kind == "heads"  # others of the same dimension may be elastic
+            reasons.setdefault(_name(places[0][0], kind) if heads else label, reason)
+            continue
         taken.update(together)
         where = tuple(sorted({m for a in together for m in members.get(a, ())}))
-        name = _unique(_name(places[0][0], kind), names)
+        name = _unique(_name(places[0][0], kind, where), names)
         least = _least(graph, together, atom.size)
         graph.groups.append(Group(name, kind, together, atom.size, unit, where, least))
     _find_counts(graph, members, names)
@@ -301,8 +307,11 @@ def _condensed(reasons: Mapping[str, str]) -> dict[str, str]:
     together: dict[tuple[str, str], list[str]] = defaultdict(list)
     for label, reason in reasons.items():
         name, _, dim = label.rstrip("]").rpartition("[")
-        together[name, reason].append(dim)
-    return {f"{name}[{', '.join(dims)}]": r for (name, r), dims in together.items()}
+        together[name or label, reason].append(dim if name else "")
+    return {
+        f"{name}[{', '.join(dims)}]" if dims[0] else name: reason
+        for (name, reason), dims in together.items()
+    }
 
 
 def _lonely(places: list[tuple[str, int]]) -> str:
@@ -355,11 +364,15 @@ def _nested(dim: Dim) -> Iterable[tuple[list[Atom], list[Atom]]]:
             yield flat[position], [a for inner in flat[position + 1 :] for a in inner]
 
 
-def _name(parameter: str, kind: str) -> str:
+def _name(parameter: str, kind: str, members: Sequence[tuple[str, int]] = ()) -> str:
     module, _, _ = parameter.rpartition(".")
     if kind == "width":
         return module or parameter
     parent, _, _ = module.rpartition(".")
+    if any(
+        name.startswith(f"{module}.") and "." in name[len(module) + 1 :] for name, _ in members
+    ):
+        parent = module  # the module itself holds a parameter beside those of its layers
     leaf = "num_experts" if kind == "experts" else kind
     return f"{parent or module}.{leaf}" if (parent or module) else leaf
 
@@ -418,6 +431,15 @@ def _rank(graph: Graph, together: list[Atom], option: Atom) -> tuple[int, int]:
     return len(graph.sizes.violated(trial)), option.serial
 
 
+def _uneven(graph: Graph, sizes: Mapping[Atom, int]) -> str:
+    """Why an operator does not take these sizes; empty if all do."""
+    for dim, step in graph.propagation.multiples:
+        involved = any(atom in sizes for atom in atoms(dim))
+        if involved and evaluate(dim, sizes) % step:
+            return f"an operator takes only multiples of {step}"
+    return ""
+
+
 def _unit(graph: Graph, atom: Atom, together: tuple[Atom, ...]) -> tuple[int, str]:
     """The smallest step in which the atoms can change and all relations hold."""
     common = 0
@@ -433,8 +455,8 @@ def _unit(graph: Graph, atom: Atom, together: tuple[Atom, ...]) -> tuple[int, st
         for count in counts:
             sizes = {a: a.size * count // atom.size for a in together}
             violated = graph.sizes.violated(sizes)
-            if violated:
-                bad = violated[0][0]
+            bad = violated[0][0] if violated else _uneven(graph, sizes)
+            if bad:
                 break
         if not bad:
             return step, ""

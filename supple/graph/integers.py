@@ -11,6 +11,7 @@ literal is known to be fixed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,18 @@ class Attributes:
             for name, value in list(holder.items()):
                 if isinstance(value, TracedInt):
                     holder[name] = int(value)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Have the integers as they are stored, for the duration of the block."""
+        traced = [(holder, name, holder[name]) for holder, name, _ in self._saved]
+        for holder, name, value in self._saved:
+            holder[name] = value
+        try:
+            yield
+        finally:
+            for holder, name, value in traced:
+                holder[name] = value
 
 
 def _is_plain_holder(value: object) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from supple.errors import UnsupportedModelError
@@ -36,6 +36,9 @@ __all__ = ["Call", "ModuleCall", "Recording", "Ref", "output_tensors", "record",
 _TORCH = os.path.dirname(torch.__file__)
 _SUPPLE = os.path.dirname(os.path.dirname(__file__))
 _REFORMS = torch.Tag.inplace_view  # `transpose_` and the like give a tensor another shape
+_LONGEST_LITERAL = 64
+_LEAVING = frozenset({"numpy", "__array__", "__dlpack__", "tolist"})
+_ASKING = _LEAVING | {"item", "__bool__", "__int__", "__float__", "__index__"}
 _PATCHED = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
@@ -123,7 +126,13 @@ class Recording:
         tensors: Parameters and buffers: name of the first owner to its tensor.
         aliases: For every parameter and buffer name, the name of its first owner.
         equalities: Pairs of integer expressions that the code found equal.
+        escapes: Tensors whose values left PyTorch, with how and where.
+        decisions: Modules whose code asked for a value, with where.
+        opaque: Modules that were run unobserved, with the reason.
+        literals: Values of small index tensors that the code wrote out (`x[..., [-2], :]`).
         fake: Whether fake tensors were used.
+        children: For modules that decide by values, the paths of their submodules (those in
+            containers included), each with the names of its parameters.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -133,7 +142,12 @@ class Recording:
     tensors: dict[str, Ref] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     equalities: list[tuple[Expression, Expression]] = field(default_factory=list)
+    literals: dict[int, list[int]] = field(default_factory=dict)
+    escapes: list[tuple[Ref, str]] = field(default_factory=list)
+    decisions: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
     fake: bool = True
+    children: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
 def refs(tree: Any) -> list[Ref]:
@@ -175,10 +189,17 @@ def record(
     """
     if fake is None:
         fake = any(tensor.is_meta for tensor in _owned_tensors(model).values())
-    try:
-        return _run(model, tuple(args), dict(kwargs or {}), fake, dict(standing_in or {}))
-    except Exception as error:  # whatever a forward may raise
-        raise _unsupported(model, error) from error
+    opaque: dict[str, str] = {}
+    while True:
+        recorder = _Recorder(fake, opaque)
+        try:
+            return _run(model, tuple(args), dict(kwargs or {}), recorder, standing_in or {})
+        except Exception as error:  # whatever a forward may raise
+            path = recorder.failed
+            if fake or not path or path in opaque:
+                raise _unsupported(model, error) from error
+            raised = f"{type(error).__name__}: {str(error)[:200]}"
+            opaque[path] = f"the module '{path}' cannot be recorded ({raised})"
 
 
 def _unsupported(model: nn.Module, error: Exception) -> UnsupportedModelError:
@@ -192,10 +213,10 @@ def _run(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    fake: bool,
-    standing_in: dict[str, nn.Module],
+    recorder: _Recorder,
+    standing_in: Mapping[str, nn.Module],
 ) -> Recording:
-    recorder = _Recorder(fake)
+    fake = recorder.recording.fake
     collecting = gc.isenabled()
     training = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
@@ -219,7 +240,7 @@ def _run(
             args, kwargs = tree_map(lambda x: _faked(mode, x, memo), (args, kwargs))
             stack.enter_context(mode)
         recorder.start(tensors, (args, kwargs))
-        stack.enter_context(Attributes(model))
+        recorder.attributes = stack.enter_context(Attributes(model))
         stack.enter_context(_python_functions_inlined())
         stack.enter_context(recorder.watching(_paths(model, standing_in)))
         if fake:
@@ -230,7 +251,18 @@ def _run(
         else:
             output = model(*args, **kwargs)
     recorder.finish(output)
+    for path in recorder.recording.decisions:
+        recorder.recording.children[path] = dict(_children(model.get_submodule(path), path))
     return recorder.recording
+
+
+def _children(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
+    for name, child in module.named_children():
+        below = _joined(path, name)
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _children(child, below)
+        else:
+            yield below, [_joined(below, n) for n, _ in child.named_parameters()]
 
 
 def _paths(model: nn.Module, standing_in: Mapping[str, nn.Module]) -> dict[int, str]:
@@ -336,8 +368,10 @@ def _python_functions_inlined() -> Iterator[None]:
 class _Recorder:
     """Numbers tensors, follows module calls and collects operator calls."""
 
-    def __init__(self, fake: bool) -> None:
-        self.recording = Recording(fake=fake)
+    def __init__(self, fake: bool, opaque: Mapping[str, str]) -> None:
+        self.recording = Recording(fake=fake, opaque=dict(opaque))
+        self.failed = ""
+        self.attributes: Attributes | None = None
         self._tensors: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._refs: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
         self._storages: dict[int, tuple[Any, int]] = {}
@@ -402,6 +436,9 @@ class _Recorder:
         calls = self.recording.calls
         if calls:
             calls[-1].freed.extend(self.freed())
+        if op is torch.ops.aten.lift_fresh.default and _is_literal(args[0]):
+            with _disable_current_modes():
+                self.recording.literals[self.ref(output).id] = args[0].tolist()
         args, kwargs = tree_map(
             lambda x: self.ref(x) if isinstance(x, Tensor) else x, (args, kwargs)
         )
@@ -420,7 +457,14 @@ class _Recorder:
             if path is None:
                 return original(module, *args, **kwargs)
             call = self.enter(path, (args, kwargs))
-            output = original(module, *args, **kwargs)
+            try:
+                if path in self.recording.opaque:
+                    output = self.unobserved(original, module, args, kwargs)
+                else:
+                    output = original(module, *args, **kwargs)
+            except Exception:
+                self.failed = self.failed or path  # the innermost one comes first
+                raise
             self.leave(call, output)
             return output
 
@@ -432,6 +476,27 @@ class _Recorder:
         finally:
             TracedInt.on_equal = None
             nn.Module._call_impl = original  # type: ignore[method-assign]
+
+    def unobserved(
+        self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        """Run a module as if nobody looked: no modes, and plain integers."""
+        assert self.attributes is not None
+        with _disable_current_modes(), torch.no_grad(), self.attributes.plain():
+            args, kwargs = tree_map(_plain_integer, (args, kwargs))
+            nn.Module._call_impl, watched = original, nn.Module._call_impl  # type: ignore[method-assign]
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                nn.Module._call_impl = watched  # type: ignore[method-assign]
+
+    def asked(self, function: str, tensor: Tensor) -> None:
+        """The code asked for values: what the run shows from here on depends on them."""
+        where = _location()
+        self.recording.decisions.setdefault(self._stack[-1].path if self._stack else "", where)
+        if function in _LEAVING and not self.recording.fake:
+            reason = f"its values leave PyTorch by {function}() at {where}"
+            self.recording.escapes.append((self.ref(tensor), reason))
 
     def enter(self, path: str, inputs: Any) -> ModuleCall:
         found = [self.ref(t) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
@@ -447,6 +512,11 @@ class _Recorder:
         call.outputs = [self.ref(t) for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
 
 
+def _is_literal(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and tensor.dtype is torch.int64
+    return plain and tensor.dim() == 1 and tensor.numel() <= _LONGEST_LITERAL
+
+
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every ATen call."""
 
@@ -459,12 +529,23 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         given = self._recorder.reshaped(args[0]) if _REFORMS in func.tags else None
-        output = func(*args, **kwargs)
+        output = _computed(func, args, kwargs, self._recorder.recording.fake)
         if func.namespace != "prim":
             self._recorder.call(
                 func, args if given is None else (given, *args[1:]), kwargs, output
             )
         return output
+
+
+def _computed(func: Any, args: Any, kwargs: Any, fake: bool) -> Any:
+    """The operator's result; on fake tensors, kernels must not be choosier than real ones."""
+    if fake and func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        narrow, kwargs = tree_map(
+            lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x,
+            (args, kwargs),
+        )
+        return func(*narrow, **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 class _Functions(TorchFunctionMode):
@@ -484,6 +565,8 @@ class _Functions(TorchFunctionMode):
             return torch.Size(self._sizes(args[0]))
         if name == "size" and isinstance(args[0], Tensor):
             return self._size(*args, **kwargs)
+        if name in _ASKING and isinstance(args[0], Tensor):
+            self._recorder.asked(name, args[0])
         recorder = self._recorder
         before = recorder.function, recorder.integers, recorder.where
         integers = (
@@ -505,6 +588,10 @@ class _Functions(TorchFunctionMode):
     def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
         sizes = self._sizes(tensor)
         return torch.Size(sizes) if dim is None else sizes[dim]
+
+
+def _plain_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, TracedInt) else value
 
 
 def _integers(tree: Any) -> Iterator[int | None]:

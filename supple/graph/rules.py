@@ -21,6 +21,8 @@ from supple.graph.dims import (
     Atom,
     ConflictError,
     Dim,
+    Sum,
+    atoms,
     concatenation,
     keep_order,
     parts_of,
@@ -73,6 +75,9 @@ class Propagation:
         routed: Dimensions of tensors whose rows are looked up at chosen positions.
         reduced: Dimensions over which a normalization, a softmax, a mean or a product of two
             activations reduces: zeroing a unit there is not the same as removing it.
+        multiples: Dimensions of which an operator takes only multiples of a number.
+        literals: Values of index tensors that the code wrote out.
+        used: Numbers of tensors that a call takes, or that the model returns.
         weights: Memory of the parameters of the run at hand.
         unknown: Operators for which no rule was found, with the reason.
     """
@@ -86,6 +91,9 @@ class Propagation:
     chosen: list[Choice] = field(default_factory=list)
     routed: Dims = field(default_factory=list)
     reduced: Dims = field(default_factory=list)
+    multiples: list[tuple[Dim, int]] = field(default_factory=list)
+    literals: dict[int, list[int]] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
     weights: frozenset[int] = frozenset()
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -317,6 +325,18 @@ def take_slice(p: Propagation, call: Call) -> list[Dims]:
     if (start, end, step) == (0, size, 1):
         _relate_stop(p, call, dim, size)
         return [dims]
+    if step == 1 and start == end == size:  # nothing, behind everything
+        p.relate(dim, next((n for n in call.integers if n == size), None), call)
+        dims[axis] = Sum(())
+        return [dims]
+    if step > 1 and start < step and end == size and size % step == 0 and size > step:
+        outer, inner = (
+            fresh(size // step),
+            fixed(step, "every so many of its entries are taken"),
+        )
+        unify(dim, product((outer, inner)), "a slice with a stride")
+        dims[axis] = outer
+        return [dims]
     if step != 1 or end <= start:
         pin(dim, "it is sliced with a stride")
         dims[axis] = fixed(call.outputs[0].shape[axis], "it is sliced with a stride")
@@ -374,7 +394,7 @@ def select(p: Propagation, call: Call) -> list[Dims]:
     dims = list(p.of(call.inputs[0]))
     axis, index = call.args[1] % len(dims), call.args[2]
     dim = dims.pop(axis)
-    if dim.size > 1:
+    if dim.size > 1 and call.outputs[0].id in p.used:  # else its shape is asked for at most
         _pin_position(dim, index % dim.size, call)
     return [dims]
 
@@ -614,6 +634,8 @@ def index(p: Propagation, call: Call) -> list[Dims]:
     dims, chosen = p.of(call.inputs[0]), list(call.args[1])
     chosen += [None] * (len(dims) - len(chosen))
     used = [i for i, c in enumerate(chosen) if c is not None]
+    if len(used) == 1 and chosen[used[0]].id in p.literals:
+        return [_written_out(list(dims), used[0], p.literals[chosen[used[0]].id], call)]
     for axis in used:
         _look_up(p, dims[axis], chosen[axis], _LOOKUP)
     if any(chosen[i].dtype in (torch.bool, torch.uint8) for i in used):
@@ -625,6 +647,22 @@ def index(p: Propagation, call: Call) -> list[Dims]:
     adjacent = used == list(range(used[0], used[-1] + 1))
     place = used[0] if adjacent else 0
     return [[*kept[:place], *picked, *kept[place:]]]
+
+
+def _written_out(dims: Dims, axis: int, places: list[int], call: Call) -> Dims:
+    """Rows at positions that the code wrote out; negative ones count from the end."""
+    size, picked = dims[axis].size, []
+    for place in places:
+        try:
+            rest, _ = split(dims[axis], place % size + 1)
+            _, one = split(rest, place % size)
+        except ConflictError:
+            one = ONE
+        for atom in atoms(dims[axis] if place >= 0 else one):
+            pin(atom, f"position {place} of it is selected{_at(call)}")
+        picked.append(one)
+    dims[axis] = Sum(picked) if len(picked) > 1 else picked[0]
+    return dims
 
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_")
@@ -718,10 +756,16 @@ def mv(p: Propagation, call: Call) -> list[Dims]:
     return [[a[0]]]
 
 
+_ALIGNED = 16  # bytes that rows of the matrices must be a multiple of
+
+
 @rule("_grouped_mm")
 def grouped_mm(p: Propagation, call: Call) -> list[Dims]:
     a, b = p.of(call.inputs[0]), p.of(call.inputs[1])
     unify(a[-1], b[-2], "a grouped matrix product")
+    bytes_each = call.inputs[1].dtype.itemsize
+    for dim in (a[-1], b[-2], b[-1]):
+        p.multiples.append((dim, max(1, _ALIGNED // bytes_each)))
     ends = argument(call, "offs")
     if isinstance(ends, Ref) and len(b) == 3:
         unify(p.of(ends)[0], b[0], "a grouped matrix product")

@@ -11,7 +11,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from supple.graph.dims import Atom, Dim, atoms, evaluate, same
+from supple.graph.dims import (
+    Atom,
+    Dim,
+    atoms,
+    concatenation,
+    evaluate,
+    factors_of,
+    parts_of,
+    product,
+    same,
+)
 from supple.graph.integers import (
     ARITHMETIC,
     AttributeKey,
@@ -23,6 +33,14 @@ from supple.graph.integers import (
 from supple.graph.rules import Propagation, Relation
 
 __all__ = ["Sizes"]
+
+
+def _steps(expression: Expression) -> int:
+    """How many steps of arithmetic an expression has."""
+    if not isinstance(expression, Operation):
+        return 0
+    return 1 + _steps(expression.left) + _steps(expression.right)
+
 
 Check = tuple[Expression, Expression, str]
 
@@ -48,8 +66,10 @@ class Sizes:
         self.checks: dict[Atom, list[Check]] = defaultdict(list)
         self._values: dict[AttributeKey, int] = {}
         checks: list[tuple[Dim | Expression, Expression, str]] = []
-        for relation in propagation.relations:
-            self._sort_in(relation, checks)
+        given = (relation.expression for relation in propagation.relations)
+        self._direct = {key for key in given if isinstance(key, AttributeKey)}
+        for relation in sorted(propagation.relations, key=lambda r: _steps(r.expression)):
+            self._sort_in_parts(relation, checks)
         for left, right in equalities:
             self._sort_in_equality(left, right, checks)
         for first, second, where in checks:
@@ -57,6 +77,61 @@ class Sizes:
         for key, dims in self.defined.items():
             for other in dims[1:]:
                 self._index(dims[0], other, f"the attribute {key}")
+
+    def _sort_in_parts(
+        self, relation: Relation, checks: list[tuple[Dim | Expression, Expression, str]]
+    ) -> None:
+        parts = self._factors(relation) or self._summands(relation)
+        for part in parts:
+            self._sort_in_parts(part, checks)
+        if not parts:
+            self._sort_in(relation, checks)
+
+    def _summands(self, relation: Relation) -> list[Relation]:
+        """A size computed as a sum with an unknown attribute in it, in parts."""
+        expression = relation.expression
+        if not isinstance(expression, Operation) or expression.symbol != "+":
+            return []
+        if all(self._known(leaf) for leaf in leaves(expression)):
+            return []
+        size = self.value(expression.left, {})
+        rest, first = parts_of(relation.dim), list[Dim]()
+        while rest and size is not None and sum(part.size for part in first) < size:
+            first.append(rest.pop(0))
+        if not rest or sum(part.size for part in first) != size:
+            return []
+        return [
+            Relation(concatenation(first), expression.left, relation.where),
+            Relation(concatenation(rest), expression.right, relation.where),
+        ]
+
+    def _known(self, leaf: AttributeKey | Size) -> bool:
+        return isinstance(leaf, Size) or leaf in self._direct or leaf in self.defined
+
+    def _factors(self, relation: Relation) -> list[Relation]:
+        """A size computed as a product with an attribute that nothing else defines, in factors.
+
+        `config.heads * self.head_dim` defines the heads, where it is the size of a grid with
+        the head's width as its inner side.
+        """
+        expression = relation.expression
+        if not isinstance(expression, Operation) or expression.symbol != "*":
+            return []
+        left, right = expression.left, expression.right
+        if not isinstance(left, AttributeKey) or left in self._direct:
+            left, right = right, left
+        if not isinstance(left, AttributeKey) or left in self._direct:
+            return []
+        size = self.value(right, {})
+        outer, inner = factors_of(relation.dim), list[Dim]()
+        while outer and size is not None and product(inner).size < size:
+            inner.insert(0, outer.pop())
+        if not outer or product(inner).size != size:
+            return []
+        return [
+            Relation(product(outer), left, relation.where),
+            Relation(product(inner), right, relation.where),
+        ]
 
     def _sort_in(
         self, relation: Relation, checks: list[tuple[Dim | Expression, Expression, str]]
