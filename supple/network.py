@@ -8,6 +8,7 @@ before. `extract` applies the same changes to a copy.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -479,6 +480,13 @@ class Elastic:
         twin = Elastic(graph, self.args, self.kwargs, self.axes)
         twin.space = self.space
         twin.verified = self.verified
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Elastic:
+        """A network of its own, with no size active."""
+        twin = self.on(copy.deepcopy(self.module, memo))
+        twin.statistics = copy.deepcopy(self.statistics, memo)
+        twin.seconds = dict(self.seconds)
         return twin
 
     def remove_sites(self, reasons: Mapping[str, str]) -> None:

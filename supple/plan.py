@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Slice:
 
     steps: tuple[tuple[int, int | Tensor], ...]
 
-    @cached_property
+    @functools.cached_property
     def _prefix(self) -> dict[int, int] | None:
         """The length by dimension, where all steps are prefixes."""
         lengths = {dim: keep for dim, keep in self.steps if isinstance(keep, int)}
@@ -249,6 +250,8 @@ class Plan:
             or patch.downstream
         )
         self._running, self._changed = self._changing_places()
+        self._buffers = [p for p in (*self._running, *self._changed) if p.store == "_buffers"]
+        self._forwards: dict[str, types.CodeType] = {}
         changing = {id(place.module) for place in self._changed}
         self._lists = [entry for entry in self._layout.lists if id(entry[0]) in changing]
 
@@ -292,6 +295,7 @@ class Plan:
             statistics: Running statistics of this size, used in evaluation mode.
         """
         undo = Shadows()
+        buffers = [(place, place.tensor) for place in self._buffers]
         try:
             if not self.is_full:
                 self._shadow_tensors(undo, statistics)
@@ -301,9 +305,39 @@ class Plan:
                 for path, change in self._patch.inputs.items():
                     module = placed.get(path, self._modules[path])
                     undo.put(vars(module), "forward", _changed(module.forward, change))
+                self._separate_compiled_code(undo)
+                undo.put(vars(self._model), "__deepcopy__", self._copied_whole(undo))
             yield undo
         finally:
             undo.undo()
+            for place, owner in buffers:
+                now = place.module._buffers.get(place.attribute)
+                if now is not None and now.shape != owner.shape:
+                    # the forward has assigned a buffer of its own size
+                    place.module._buffers[place.attribute] = owner
+
+    def _copied_whole(self, undo: Shadows) -> Callable[[dict[int, Any]], nn.Module]:
+        """A copy that is made at a size is a copy of the full network."""
+
+        def copied(memo: dict[int, Any]) -> nn.Module:
+            with undo.lifted():
+                return copy.deepcopy(self._model, memo)
+
+        return copied
+
+    def _separate_compiled_code(self, undo: Shadows) -> None:
+        """Give the model, and modules that are compiled by themselves, a forward of this size.
+
+        `torch.compile` keeps what it compiled beside the code that it compiled, and does not
+        look for attributes that were not there: code of the full size would run at every size.
+        """
+        for path, module in self._modules.items():
+            if not path or module._compiled_call_impl is not None:
+                forward: Any = module.forward
+                own = _passing(forward)
+                functools.update_wrapper(own, forward)
+                own.__code__ = self._forwards.setdefault(path, own.__code__.replace())
+                undo.put(vars(module), "forward", own)
 
     def _shadow_tensors(self, undo: Shadows, statistics: Mapping[str, Tensor] | None) -> None:
         made: dict[str, Tensor] = {}
@@ -373,7 +407,7 @@ class Plan:
         """The module that stands in another's place."""
         return modules[module] if isinstance(module, str) else module
 
-    @cached_property
+    @functools.cached_property
     def _kept(self) -> dict[str, list[int]]:
         """For every shortened container, the positions of the children that stay."""
         kept: dict[str, list[int]] = {}
@@ -383,7 +417,7 @@ class Plan:
             kept[stack.container] = [b for b in before if b not in gone]
         return kept
 
-    @cached_property
+    @functools.cached_property
     def _numbers(self) -> dict[str, list[tuple[AttributeKey, int]]]:
         """For every shortened container, the integers that number its blocks."""
         return {path: list(self._renumbered(path, keep)) for path, keep in self._kept.items()}
@@ -449,6 +483,13 @@ def with_changed_inputs(
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, Reshaped(modules[path], change))
     return Reshaped(model, patch.inputs[""]) if "" in patch.inputs else model
+
+
+def _passing(forward: Callable[..., Any]) -> Any:
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return pass_on
 
 
 def _changed(forward: Callable[..., Any], change: InputTransform) -> Callable[..., Any]:

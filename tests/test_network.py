@@ -991,7 +991,6 @@ class Remembers(Tower):
         return self.head(hidden - self.mean)
 
 
-@bug("a buffer that the forward assigns inside at gets the shape of the sub-network")
 def test_a_buffer_that_the_forward_assigns_keeps_the_owners_shape() -> None:
     net = elastic(shake(Remembers()), torch.randn(4, 5), verify=False)
     net.train()
