@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -401,5 +400,7 @@ def pair(folder: Path, seconds: float = 0.0) -> Iterator[list[subprocess.Popen[s
     finally:
         for one in ranks:
             if one.poll() is None:
-                one.send_signal(signal.SIGKILL)
+                one.kill()
             one.wait()
+            if one.stderr is not None:
+                one.stderr.close()

@@ -9,6 +9,9 @@ name.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,7 @@ from supple.files import read_json
 from supple.training import checkpoint
 from tests.contracts import ranks
 from tests.contracts.ranks import OPTIMIZERS, RANKS, STEPS, Left, joint, made, trained
+from tests.recipe.small_recipe import SMALL
 from tests.training.stub import equal
 
 
@@ -252,3 +256,68 @@ def test_a_killed_run_resumes_bitwise(tmp_path, killed):
     (tmp_path / "whole").mkdir()
     both = finished(tmp_path / "killed"), finished(tmp_path / "whole")
     assert all(equal(found, expected) for found, expected in zip(*both, strict=True))
+
+
+def launched(folder: Path) -> subprocess.Popen[str]:
+    """`torchrun` on a small recipe, up to its search."""
+    root = Path(__file__).parents[2]
+    recipe = folder / "small.yaml"
+    folder.mkdir(exist_ok=True)
+    recipe.write_text(SMALL, encoding="utf-8")
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "supple", "search", str(recipe), "--quiet"),
+            *("--output", str(folder), "train.steps=60", "search.evaluations=2"),
+        ],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes that `torchrun` started."""
+    tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    return [int(pid) for file in tasks for pid in file.read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_under_torchrun_and_resumes_bitwise_when_killed(tmp_path):
+    """Both ranks train, rank 0 alone does and writes the rest, and a kill loses nothing."""
+    running = launched(tmp_path / "killed")
+    checkpoints = tmp_path / "killed" / "small" / "train" / "checkpoint"
+    try:
+        while checkpoint.latest(checkpoints) is None:
+            assert running.poll() is None, running.stdout.read()
+            time.sleep(0.02)
+        held = {path.name for path in checkpoint.latest(checkpoints).iterdir()}
+    finally:
+        for pid in workers_of(running):
+            os.kill(pid, signal.SIGKILL)
+        running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert {"rank-0.json", "rank-1.json"} <= held
+    assert not (tmp_path / "killed" / "small" / "train" / "done.json").exists()
+    found = []
+    for name in ("killed", "whole"):
+        output, _ = launched(tmp_path / name).communicate(timeout=200)
+        folder = tmp_path / name / "small"
+        assert output.count("train    supernet/bignas, 60 steps") == 1, output
+        assert "2 of 2 configs on the front" in output, output
+        assert not [path for path in folder.rglob("*") if "rank" in path.name]
+        found.append(load_file(folder / "train" / "weights.safetensors"))
+    assert equal(*found)
+
+
+@pytest.mark.slow
+def test_a_wrong_recipe_ends_all_ranks_with_one_message(tmp_path):
+    """What only rank 0 finds out stops the others too."""
+    (tmp_path / "small").write_text("this is no folder", encoding="utf-8")
+    running = launched(tmp_path)
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode != 0
+    assert "can't write to the run's folder" in output
+    assert "rank 0 failed: CheckpointError" in output
