@@ -19,14 +19,12 @@ import contextlib
 import functools
 import os
 import re
-import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -36,14 +34,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.storages._rdb.models import SCHEMA_VERSION
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import (
-    ArgumentError,
-    IntegrityError,
-    InterfaceError,
-    OperationalError,
-    PendingRollbackError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from supple.errors import (
     CheckpointError,
@@ -51,17 +42,26 @@ from supple.errors import (
     SettingError,
     SuppleError,
     SuppleWarning,
-    import_extra,
 )
 from supple.files import checksum
 from supple.space import Config, Space
+from supple.study.database import (
+    MEMORY,
+    POSTGRES_DRIVER,
+    cause_of,
+    check_file,
+    fault_text,
+    file_lock,
+    file_of,
+    is_away,
+    one_line,
+    shown,
+    with_driver,
+)
 from supple.study.objectives import Objective
 from supple.study.workers import Worker, beating
 
 __all__ = ["MEMORY", "Claim", "Evaluation", "StudyStore"]
-
-MEMORY = ":memory:"
-"""The study that is kept in memory only."""
 
 LOCK_SECONDS = 30.0
 """How long to wait for a study file that another program has locked."""
@@ -72,15 +72,12 @@ AWAY_SECONDS = 60.0
 _RACES, _RACE_SECONDS = 20, 0.1
 _BEAT_SECONDS = 20
 _GRACE_SECONDS = 120
-_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 _SCHEMA = 1
 _ABOUT = "supple"
 _NOT_FINITE = "not finite"
-_AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 _AWAY_POLL_SECONDS = 0.5
 # A server that vanishes without a word (a cable, a dead machine) is noticed within 40 s.
 _POSTGRES = {"connect_timeout": 10, "keepalives_idle": 20, "tcp_user_timeout": 40_000}
-_POSTGRES_DRIVER = "postgresql+psycopg"
 _Result = TypeVar("_Result")
 
 
@@ -138,10 +135,10 @@ class StudyStore:
         self._worker = Worker()
         self._read_before: dict[int, Evaluation] = {}
         self._study: optuna.Study | None = None
-        self._file = _file_of(self.where)
-        self.shown = _shown(self.where)
+        self._file = file_of(self.where)
+        self.shown = shown(self.where)
         if self._file is not None:
-            _check_file(self._file)
+            check_file(self._file, LOCK_SECONDS)
         with self._guard():
             self._storage = self._opened()
         try:
@@ -185,7 +182,7 @@ class StudyStore:
     def _lock(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Keeps other workers from doing the same, where the study can be locked."""
         if self._file is not None:
-            return _file_lock(self._file.with_name(f".{self._file.name}.{what}.lock"))
+            return file_lock(self._file.with_name(f".{self._file.name}.{what}.lock"))
         return self._advisory_lock(what) if self._is_postgres else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -390,7 +387,7 @@ class StudyStore:
     def _opened(self) -> BaseStorage:
         if self.where == MEMORY:
             return InMemoryStorage()
-        url = _with_driver(self.where) if self._file is None else f"sqlite:///{self._file}"
+        url = with_driver(self.where) if self._file is None else f"sqlite:///{self._file}"
         for _ in range(_RACES):
             try:
                 return self._connected(url)
@@ -405,7 +402,7 @@ class StudyStore:
         options: dict[str, Any] = {"pool_pre_ping": True}
         if url.startswith("sqlite"):
             options = {"connect_args": {"timeout": LOCK_SECONDS}}
-        elif url.startswith(_POSTGRES_DRIVER):
+        elif url.startswith(POSTGRES_DRIVER):
             options["connect_args"] = _POSTGRES
         try:
             with _without_experimental_warnings():
@@ -582,7 +579,7 @@ class StudyStore:
                 try:
                     return work()
                 except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-                    if self._file is not None or not _is_away(error):
+                    if self._file is not None or not is_away(error):
                         raise
                     deadline = self._patience(deadline, error)
             time.sleep(_AWAY_POLL_SECONDS)
@@ -604,7 +601,7 @@ class StudyStore:
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"the database {self.shown} was away for {AWAY_SECONDS:.0f} s "
-                f"({_reason(error)}); what was finished is kept: start it, then run the same "
+                f"({cause_of(error)}); what was finished is kept: start it, then run the same "
                 "command again"
             ) from error
         return deadline
@@ -623,7 +620,7 @@ class StudyStore:
         except SuppleError:
             raise
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            raise CheckpointError(_database_fault(self.shown, error)) from error
+            raise CheckpointError(fault_text(self.shown, error)) from error
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             # Only optuna runs in here, on arguments that are right: what it read is wrong.
             raise self._damaged(repr(error)) from error
@@ -633,7 +630,7 @@ class StudyStore:
             if maker:
                 raise CheckpointError(self._newer(maker[1])) from error
             raise CheckpointError(
-                f"can't use the study {self.shown}: {_one_line(str(error))}"
+                f"can't use the study {self.shown}: {one_line(str(error))}"
             ) from error
 
 
@@ -661,124 +658,6 @@ def _worded(objectives: Sequence[Objective]) -> str:
     return (
         ", ".join(f"{o.name} ({'up' if o.maximize else 'down'})" for o in objectives) or "none"
     )
-
-
-def _file_of(where: str) -> Path | None:
-    """Returns the SQLite file that a place stands for; None for memory and databases."""
-    if where == MEMORY:
-        return None
-    if "://" in where:
-        return (
-            Path(where.removeprefix("sqlite:///")) if where.startswith("sqlite:///") else None
-        )
-    if not where.endswith(_SUFFIXES):
-        raise SettingError(
-            f"a study must be a file that ends in {', '.join(_SUFFIXES)}, a database URL or "
-            f"'{MEMORY}', got {where!r}"
-        )
-    return Path(where)
-
-
-def _check_file(path: Path) -> None:
-    """Checks that a study file can be read and written, before anything relies on it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
-            connection.isolation_level = None
-            connection.execute("BEGIN IMMEDIATE")
-            found = connection.execute("PRAGMA integrity_check").fetchone()[0]
-            connection.execute("ROLLBACK")
-    except (OSError, sqlite3.Error) as error:
-        raise CheckpointError(_database_fault(str(path), error)) from error
-    if found != "ok":
-        why = " ".join(found.split())[:120]
-        raise CheckpointError(f"the study {path} is damaged ({why}); use another file")
-
-
-def _with_driver(url: str) -> str:
-    """Names the driver of a PostgreSQL URL that names none, and says how to get it.
-
-    Raises:
-        SettingError: This is no database URL.
-        MissingExtraError: The driver is not installed.
-    """
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except (ArgumentError, ValueError) as error:
-        raise SettingError(
-            f"{_shown(url)} is no database URL; one looks like "
-            "postgresql://user:password@host:5432/database"
-        ) from error
-    if parsed.drivername in ("postgresql", "postgres", _POSTGRES_DRIVER):
-        import_extra("psycopg", "postgres")
-        parsed = parsed.set(drivername=_POSTGRES_DRIVER)
-    return parsed.render_as_string(hide_password=False)
-
-
-def _shown(where: str) -> str:
-    """Returns a place as messages may show it: without a password."""
-    hidden = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", where)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", hidden)
-
-
-_FAULTS = {
-    "locked": "another program has locked it; wait for that to end or use another file",
-    "readonly": "it can't be written; use another folder or change the permissions",
-    "read-only": "it can't be written; use another folder or change the permissions",
-    "unable to open": "it can't be opened; use a folder that you may write to",
-    "disk is full": "the disk is full; make room, then run the same command again",
-    "no space left": "the disk is full; make room, then run the same command again",
-    "not a database": "it is no SQLite database; use another file",
-    "malformed": "it is damaged; use another file",
-    "connection refused": "no server answers there; start it, or correct host and port",
-    "authentication failed": "the server refused user or password; correct them in the URL",
-}
-
-
-def _database_fault(where: str, error: BaseException) -> str:
-    text = " ".join(str(cause) for cause in _chain(error)).lower()
-    hint = next((hint for sign, hint in _FAULTS.items() if sign in text), _reason(error))
-    return f"can't use the study {where}: {hint}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the words of an error's first cause."""
-    return _one_line(str(list(_chain(error))[-1]))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _is_away(error: BaseException) -> bool:
-    """Says whether the connection to a server broke or can't be made."""
-    return any(isinstance(cause, _AWAY) for cause in _chain(error))
-
-
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Holds a lock that the system releases when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # not a POSIX system: workers may repeat the first evaluation
-        yield
-        return
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pytest
 from supple.errors import CheckpointError, SettingError
 from supple.space import Config, Site, Space
 from supple.study import store as module
+from supple.study.database import shown
 from supple.study.objectives import Objective
 from supple.study.store import MEMORY, Claim, Evaluation, StudyStore
 from supple.study.workers import Worker
@@ -221,9 +222,9 @@ def dumped(path: Path) -> list[str]:
     "place", ["postgresql://u:secret@h:5432/d", "mysql://h/d?user=u&password=secret&x=1"]
 )
 def test_a_password_is_not_shown(place: str) -> None:
-    assert "secret" not in module._shown(place)
-    assert "***" in module._shown(place)
-    assert module._shown("runs/a.db") == "runs/a.db"
+    assert "secret" not in shown(place)
+    assert "***" in shown(place)
+    assert shown("runs/a.db") == "runs/a.db"
 
 
 @pytest.mark.parametrize("where", ["study", "study.txt", "study.json"])
