@@ -695,6 +695,8 @@ def profile_device(
         raise SettingError(f"threads must be a whole number of at least 1, got {threads!r}")
     tell = progress or (lambda what, done, total: None)
     place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError(f"there is no GPU that torch {torch.__version__} can use here")
     with quiet_threads(threads), torch.no_grad():
         operators = _measure_operators(place, fast, tell)
         divisors = {kind: _measure_divisor(kind, place, fast, tell) for kind in _BETWEEN}

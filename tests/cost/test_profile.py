@@ -239,6 +239,12 @@ def test_wrong_threads_are_refused(threads) -> None:
         profile_device(threads=threads)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told() -> None:
+    with pytest.raises(SettingError, match="no GPU"):
+        profile_device(device="cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("tiny")
 def test_a_gpu_is_profiled_without_threads() -> None:
