@@ -1,0 +1,137 @@
+"""MkDocs hook: the page of figures, from what `make bench` wrote.
+
+The page is made while the site is built and is not kept in the repository.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from supple.files import read_json
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+LIMITS = {"forward": {32: 1.05, 96: 1.03}, "step": {32: 1.20, 96: 1.06}}
+OVERHEAD = """## A size against the same network by itself
+
+*Active* is the network inside `net.at(config)`; *extracted* is `net.extract(config)`. Both run
+in turn on one thread, at least 200 pairs; a cell is the median ratio of the pairs with the
+quartiles. *A/A* is one extracted network against another one, by the same protocol in the same
+run: it should be 1, and a ratio tells no more than A/A is away from it. *Forward* runs inside
+`at`; *entered* enters and leaves `at` each time. *Step* is a training step with stock SGD
+(momentum 0.9), `at` entered and left in it. In **bold**: over the limit, which is 1.05 for a
+forward and 1.20 for a step at 32 x 32, and 1.03 and 1.06 at 96 x 96. Batches are of 16 and 4
+images.
+
+`mobilenet-v3` has once-for-all's widths, inner widths and depth vary as there; `vit` is a
+ViT-Ti with 12 layers. With `default-axes` everything goes down to a quarter, and all residual
+blocks may go. `once-for-all` is the network of the package of that name with its own layers,
+against its own `get_active_subnet`, with a fixed kernel and with the elastic one.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the page.
+
+    Args:
+        files: All pages of the site.
+        config: The site's settings.
+
+    Returns:
+        The pages and ours.
+    """
+    found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+    files.append(File.generated(config, "benchmarks.md", content=page(found)))
+    return files
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """Gives the text of the page, with what was measured so far.
+
+    Args:
+        found: Contents of the result files by name.
+    """
+    text = "# Benchmarks\n\n`make bench` measures all of it.\n"
+    if "overhead" in found:
+        text += "\n" + overhead(found["overhead"])
+    if "core" in found:
+        text += "\n" + core(found["core"])
+    return text
+
+
+def overhead(result: dict[str, Any]) -> str:
+    """Gives the tables of `benchmarks.overhead`."""
+    rows = {name: row for name, row in result["cases"].items() if "failed" not in row}
+    text = OVERHEAD + f"\n{_source(result, rows.values())}\n"
+    text += (
+        "\n| network, pixels, size | forward | A/A | entered | step | A/A |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    for name, row in rows.items():
+        pixels = 32 if "-32-" in name else 96
+        ours = not name.startswith("once-for-all")
+        cells = [
+            _ratio(row["forward"], LIMITS["forward"][pixels] if ours else None),
+            f"{row['forward_aa']['ratio']:.3f}",
+            _ratio(row["forward_entered"]) if "forward_entered" in row else "",
+            _ratio(row["step"], LIMITS["step"][pixels] if ours else None),
+            f"{row['step_aa']['ratio']:.3f}",
+        ]
+        text += f"| {name} | {' | '.join(cells)} |\n"
+    text += "".join(
+        f"\n{name} could not be measured:\n\n```text\n{row['failed'].strip()}\n```\n"
+        for name, row in result["cases"].items()
+        if "failed" in row
+    )
+    return text + "\n" + entering(rows)
+
+
+def entering(rows: dict[str, dict[str, Any]]) -> str:
+    """Gives the table of what `at` and `extract` cost by themselves."""
+    text = (
+        "## `at` and `extract` by themselves\n\nTensors are those that stand in place of "
+        "others inside `at`. A size that was never used is worked out first.\n\n"
+        "| network, pixels, size | tensors | enter and leave `at` | work out | `extract` |\n"
+        "|---|---|---|---|---|\n"
+    )
+    for name, row in rows.items():
+        if "at_ms" in row:
+            text += (
+                f"| {name} | {row['places']} | {row['at_ms']:.2f} ms | "
+                f"{row['plan_ms']:.2f} ms | {row['extract_ms']:.0f} ms |\n"
+            )
+    return text
+
+
+def core(result: dict[str, Any]) -> str:
+    """Gives the tables of `benchmarks.core`."""
+    rate = result["configs_priced_per_second"]
+    text = (
+        f"## Analysis and costs\n\n{_source(result, [])}\n\n{rate / 1e6:.1f} million configs "
+    )
+    text += "are priced a second (four costs, a MobileNetV3-like space; at least 1 million).\n"
+    if "analysis" not in result:
+        return text
+    text += "\n| model | seconds | at most | memory at the peak |\n|---|---|---|---|\n"
+    for name, row in result["analysis"].items():
+        text += f"| {name} | {row['seconds']:.2f} | {row['budget']} | "
+        text += f"{row['megabytes']:.0f} MB |\n"
+    text += "\n| layers of the same decoder | seconds | seconds a layer |\n|---|---|---|\n"
+    for layers, row in result["growth"].items():
+        text += f"| {layers} | {row['seconds']:.2f} | {row['seconds'] / int(layers):.3f} |\n"
+    return text
+
+
+def _source(result: dict[str, Any], rows: Any) -> str:
+    dates = sorted({row["date"][:10] for row in rows} | {result.get("date", "")} - {""})
+    parts = [f"`{result['command']}`" if "command" in result else "", ", ".join(dates)]
+    parts += [result["device"], result.get("versions", "")]
+    return "Measured with " + ", ".join(part for part in parts if part) + "."
+
+
+def _ratio(figures: dict[str, float], limit: float | None = None) -> str:
+    text = f"{figures['ratio']:.3f} ({figures['low']:.3f} to {figures['high']:.3f})"
+    return f"**{text}**" if limit is not None and figures["ratio"] > limit else text
