@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from supple.space import Space
 from supple.supernet.base import SupernetRule
 from supple.training.step import Sampler, WholeOnly
 from tests.graph.checks import assert_active_equals_extracted, assert_untouched, shake, state_of
+from tests.zoo import ZOO
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 RUN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -435,3 +437,32 @@ def test_only_chosen_places_vary() -> None:
 def test_recipes_know_kernels() -> None:
     [axis] = axes_of({"kernel": {"choices": [3, "5"], "transform": "yes"}})
     assert axis == supple.Kernel((3, 5), transform=True)
+
+
+SLOW = pytest.mark.slow
+FAMILIES = {"r2plus1d": 7, "shufflenet": 3, "resnext": 3}
+MORE = {
+    "x3d": 7,
+    "convnext": 5,
+    "mobilenet_v3": 8,
+    "yolo_v5": 16,
+    "deeplab": 6,
+    "diffusion_unet": 14,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [*FAMILIES.items(), *(pytest.param(*each, marks=SLOW) for each in MORE.items())],
+)
+def test_kernels_of_real_families_are_verified_and_priced(family: str, sites: int) -> None:
+    model, args, kwargs = ZOO[family]()
+    net = elastic(model, args, kwargs, axes=[Kernel(None, transform=True)])
+    assert len(net.space.sites) == sites
+    assert not [one for one in net.space.fixed if "verification failed" in one.reason]
+    config = net.space.random(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SuppleWarning)
+        small = net.extract(config)
+    counted = count(small, args, kwargs)
+    assert {name: int(values[0]) for name, values in net.costs(config).items()} == counted
