@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -121,6 +122,23 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
     print(f"{hit.total()} kills of {len(runs)} runs: {dict(hit)}")
     assert hit.total() == RUNS * KILLS
     assert {"train", "search", "deploy"} <= set(hit)
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_two_exports_makes_only_the_second_one(
+    whole: Whole, tmp_path: Path
+) -> None:
+    shutil.copytree(whole.folder, tmp_path / "killed")
+    half = tmp_path / "killed" / "deploy" / "half"
+    for lost in ("done.json", "network.pt2", ".network.pt2.json"):
+        (half / lost).unlink()
+    onnx = (half / "network.onnx").stat().st_mtime_ns
+    process = command(tmp_path)
+    process.succeeded()
+    assert process.did("export") == [str(half / "network.pt2")]
+    assert (half / "network.onnx").stat().st_mtime_ns == onnx
+    assert not process.did("step")
+    assert not process.did("evaluate")
 
 
 def assert_equal(killed: KilledRun, whole: Whole) -> None:
