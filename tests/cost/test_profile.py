@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -143,6 +144,23 @@ def test_a_slow_round_and_a_disturbed_visit_do_not_show() -> None:
     times = alone * np.array([[1.0], [1.4], [1.1], [0.9], [1.2]])
     times[2, 1] *= 30
     np.testing.assert_allclose(without_drift(times), 1.1 * alone)  # as in the middle round
+
+
+def test_calls_that_others_interrupt_do_not_count(monkeypatch) -> None:
+    """Every other call sleeps, as one does that has to wait for a CPU."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+        end = time.thread_time() + 1e-3
+        while time.thread_time() < end:
+            pass
+        if calls % 4:
+            time.sleep(0.02)
+
+    assert 1e-3 <= interleaved(1, lambda _: run, rounds=1, seconds=0.03)[0, 0] < 1e-2
 
 
 # --- threads ----------------------------------------------------------------------------------
