@@ -340,9 +340,13 @@ def test_a_slice_of_part_of_a_storage_starts_where_the_tensor_does() -> None:
     assert torch.equal(Slice(((0, 2), (1, 2)))(tensor), tensor[:2, :2])
 
 
-def test_a_slice_of_an_expanded_tensor_is_right() -> None:
-    tensor = torch.arange(3.0).expand(4, 3)
-    assert Slice(((1, 2),))(tensor).tolist() == [[0, 1]] * 4
+def test_positions_that_share_memory_have_gradients_of_their_own() -> None:
+    owner = torch.arange(3.0).expand(4, 3).requires_grad_()
+    value = Slice(((0, 2), (1, 2)))(owner)
+    assert value.tolist() == [[0, 1], [0, 1]]
+    value.sum().backward()  # type: ignore[no-untyped-call]
+    assert owner.grad is not None
+    assert owner.grad.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_tensors_of_left_out_blocks_are_not_sliced() -> None:
