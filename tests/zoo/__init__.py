@@ -15,10 +15,13 @@ from tests.zoo import (
     detection,
     diffusion,
     encoders,
+    experts,
     mixers,
     pairs,
     recurrent,
     sequences,
+    speech,
+    state_space,
     vision,
 )
 from tests.zoo.base import EXPECTED, ZOO, Entry, Expected
@@ -33,9 +36,12 @@ __all__ = [
     "detection",
     "diffusion",
     "encoders",
+    "experts",
     "mixers",
     "pairs",
     "recurrent",
     "sequences",
+    "speech",
+    "state_space",
     "vision",
 ]
