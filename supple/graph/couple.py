@@ -412,8 +412,7 @@ def _candidates(graph: Graph, atom: Atom, taken: set[Atom]) -> Iterable[tuple[At
         options = [a for a in _flat(ready) if a not in unusable and _free(graph, a)]
         if not options:
             return
-        options.sort(key=lambda a: _rank(graph, together, a))
-        together.append(options[0])
+        together.append(_best(graph, together, options))
         yield tuple(together)
 
 
@@ -425,10 +424,15 @@ def _flat(sets: Iterable[set[Atom]]) -> list[Atom]:
     return sorted({a for s in sets for a in s}, key=lambda a: a.serial)
 
 
-def _rank(graph: Graph, together: list[Atom], option: Atom) -> tuple[int, int]:
-    """Options that leave the fewest relations violated come first."""
-    trial = {a: max(1, a.size // 2) for a in (*together, option)}
-    return len(graph.sizes.violated(trial)), option.serial
+def _best(graph: Graph, together: list[Atom], options: Sequence[Atom]) -> Atom:
+    """The option that leaves the fewest relations violated, the first of several."""
+    best, fewest = options[0], None
+    for option in options:
+        trial = {a: max(1, a.size // 2) for a in (*together, option)}
+        left = len(graph.sizes.violated(trial, limit=fewest))
+        if fewest is None or left < fewest:
+            best, fewest = option, left
+    return best
 
 
 def _uneven(graph: Graph, sizes: Mapping[Atom, int]) -> str:

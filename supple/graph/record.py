@@ -375,6 +375,7 @@ class _Recorder:
         self._tensors: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._refs: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
         self._storages: dict[int, tuple[Any, int]] = {}
+        self._lasting: dict[int, tuple[Any, int]] = {}  # the model's own outlive the run
         self._next_storage = 0
         self._stack: list[ModuleCall] = []
         self.function, self.integers, self.where = "", list[int | None](), ""
@@ -386,6 +387,7 @@ class _Recorder:
             self.recording.aliases[name] = owner
             if owner == name:
                 self.recording.tensors[name] = self.ref(tensor)
+        self._lasting, self._storages = self._storages, {}
         self._inputs = inputs  # the example inputs live as long as the run
         self.recording.inputs = [
             self.ref(t) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)
@@ -417,7 +419,7 @@ class _Recorder:
             self._next_storage += 1
             return self._next_storage, tensor.numel() * tensor.element_size()
         key = storage._cdata
-        known = self._storages.get(key)
+        known = self._lasting.get(key) or self._storages.get(key)
         if known is None or known[0].expired():
             self._next_storage += 1
             from torch.multiprocessing.reductions import StorageWeakRef

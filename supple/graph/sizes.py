@@ -18,6 +18,7 @@ from supple.graph.dims import (
     concatenation,
     evaluate,
     factors_of,
+    find,
     parts_of,
     product,
     same,
@@ -65,6 +66,7 @@ class Sizes:
         self.defined: dict[AttributeKey, list[Dim]] = defaultdict(list)
         self.checks: dict[Atom, list[Check]] = defaultdict(list)
         self._values: dict[AttributeKey, int] = {}
+        self._seen: set[object] = set()
         checks: list[tuple[Dim | Expression, Expression, str]] = []
         given = (relation.expression for relation in propagation.relations)
         self._direct = {key for key in given if isinstance(key, AttributeKey)}
@@ -163,9 +165,23 @@ class Sizes:
         return self._dims[size.tensor][size.dim]
 
     def _index(self, left: Dim | Expression, right: Dim | Expression, where: str) -> None:
+        key = (self._key(left), self._key(right))
+        if key in self._seen:
+            return
+        self._seen.add(key)
         involved = {atom for side in (left, right) for atom in self._atoms(side)}
         for atom in involved:
             self.checks[atom].append((left, right, where))  # type: ignore[arg-type]
+
+    def _key(self, side: Dim | Expression) -> object:
+        """The same for sides that have the same value at all sizes (though not only then)."""
+        if isinstance(side, Dim):
+            return id(find(side))
+        if isinstance(side, Operation):
+            return side.symbol, self._key(side.left), self._key(side.right)
+        if isinstance(side, Size) and side.tensor in self._dims:
+            return id(find(self._dim(side)))
+        return side
 
     def _atoms(self, side: Dim | Expression) -> Iterator[Atom]:
         if isinstance(side, Dim):
@@ -200,8 +216,15 @@ class Sizes:
         """Give the values of attributes that no size defines."""
         self._values.update(values)
 
-    def violated(self, sizes: Mapping[Atom, int]) -> list[tuple[str, set[Atom]]]:
-        """Relations that do not hold at these sizes: a description and the atoms involved."""
+    def violated(
+        self, sizes: Mapping[Atom, int], limit: int | None = None
+    ) -> list[tuple[str, set[Atom]]]:
+        """Relations that do not hold at these sizes: a description and the atoms involved.
+
+        Args:
+            sizes: Size of every atom that changes.
+            limit: Stop looking when more than this many are found.
+        """
         found: list[tuple[str, set[Atom]]] = []
         seen: set[int] = set()
         for atom in sizes:
@@ -213,6 +236,8 @@ class Sizes:
                 if left is None or left != right:
                     involved = {a for side in check[:2] for a in self._atoms(side)}
                     found.append((self._describe(check), involved))
+                    if limit is not None and len(found) > limit:
+                        return found
         return found
 
     def _describe(self, check: Check) -> str:
