@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +43,20 @@ def inspect(
         list[str] | None, typer.Option(help="Only these axes, such as width.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Verify random sizes on the model.")] = True,
+    meta: Annotated[
+        bool, typer.Option(help="Build without weights; for models larger than memory.")
+    ] = False,
 ) -> None:
     """Print the sites of any model, and what is fixed and why."""
+    import torch
+
     import supple
     from supple.recipe.axes import axes_of
     from supple.recipe.models import example_inputs, model_source
 
     source = model_source(model, _model_settings(settings, config), allow_code=True)
-    built = source.build(0)
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        built = source.build(0)
     if inputs:
         args, kwargs = _parsed(inputs)
     else:

@@ -103,3 +103,11 @@ def test_inspect_prints_the_sites_of_any_kind_of_model(words):
     assert result.exit_code == 0, result.output
     assert "width" in result.stdout
     assert "proved" in result.stdout
+
+
+def test_inspect_builds_no_weights_of_a_model_that_does_not_fit():
+    config = '{"vocab_size": 999, "num_hidden_layers": 2, "hidden_size": 65536}'
+    result = invoke("inspect", "LlamaForCausalLM", "--config", config, "--meta")
+    assert result.exit_code == 0, result.output
+    assert "proved, not verified" in result.output
+    assert "model.layers.1.self_attn.heads" in result.output
