@@ -58,7 +58,7 @@ RESULT = HERE / "results" / "overhead.json"
 ENVIRONMENT = HERE / ".envs" / "once-for-all"
 PEER = "ofa==0.1.0.post202307202001"
 PAIRS = 200
-BATCH = {32: 16, 96: 4}
+BATCH = {32: 32, 96: 8}
 SIZES = ("min", "median", "max")
 LIMITS = {"forward": {32: 1.05, 96: 1.03}, "step": {32: 1.20, 96: 1.06}}
 

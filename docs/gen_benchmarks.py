@@ -23,7 +23,7 @@ quartiles. *A/A* is one extracted network against another one, by the same proto
 run: it should be 1, and a ratio tells no more than A/A is away from it. *Forward* runs inside
 `at`; *entered* enters and leaves `at` each time. *Step* is a training step with stock SGD
 (momentum 0.9), `at` entered and left in it. In **bold**: over the limit, which is 1.05 for a
-forward and 1.20 for a step at 32 x 32, and 1.03 and 1.06 at 96 x 96. Batches are of 16 and 4
+forward and 1.20 for a step at 32 x 32, and 1.03 and 1.06 at 96 x 96. Batches are of 32 and 8
 images.
 
 `mobilenet-v3` has once-for-all's widths, inner widths and depth vary as there; `vit` is a
