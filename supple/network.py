@@ -31,6 +31,7 @@ from supple.errors import ConcurrencyError, SettingError, SuppleWarning, Unsuppo
 from supple.graph.blocks import residual_gains
 from supple.graph.couple import Graph, Group, analyse
 from supple.graph.dims import Atom
+from supple.graph.equivalents import Equivalent
 from supple.graph.order import expand_order, l1, permute, read_l1
 from supple.plan import Layout, Plan, Shadows
 from supple.recompute import recomputing
@@ -54,6 +55,7 @@ def elastic(
     axes: Sequence[Axis] | None = None,
     verify: bool = True,
     profile: DeviceProfile | None = None,
+    equivalents: Sequence[Equivalent] = (),
 ) -> Elastic:
     """Make a model elastic: find what can vary, prove it, and check it on the model itself.
 
@@ -69,6 +71,9 @@ def elastic(
             proved, not verified.
         profile: Of the device that sizes are for: fractions are rounded to the channel counts
             that it found to pay, at axes that leave their `divisor` open.
+        equivalents: Where the model cannot be recorded (a kernel that takes real numbers
+            only, say), other ways in which it computes the same: functions of the model that
+            give a context. Ways that a model declares itself are tried after these.
 
     Returns:
         The elastic network; `net.module is model`.
@@ -95,7 +100,7 @@ def elastic(
     refuse_sharded(model, "elastic")
     start = time.perf_counter()
     variants = [variant for axis in chosen for variant in axis.variants(model)]
-    graph = analyse(model, inputs, kwargs, variants)
+    graph = analyse(model, inputs, kwargs, variants, equivalents)
     net = Elastic(graph, inputs, dict(kwargs or {}), chosen)
     net.seconds["prove"] = time.perf_counter() - start
     if verify and not any(p.is_meta for p in model.parameters()):

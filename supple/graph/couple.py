@@ -20,6 +20,7 @@ from torch import nn
 from supple.errors import UnsupportedModelError
 from supple.graph.blocks import Stack, find_stacks
 from supple.graph.dims import Atom, Dim, Product, Sum, atoms, evaluate, find, keep_order, pin
+from supple.graph.equivalents import Equivalent, plain_implementations
 from supple.graph.indices import follow_indices
 from supple.graph.integers import AttributeKey, leaves
 from supple.graph.learned import learned_rule
@@ -170,6 +171,7 @@ def analyse(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     variants: Sequence[AbstractContextManager[None]] = (),
+    equivalents: Sequence[Equivalent] = (),
 ) -> Graph:
     """Learn which dimensions of `model` can shrink, and what must shrink with them.
 
@@ -178,6 +180,8 @@ def analyse(
         args: Positional example inputs.
         kwargs: Keyword example inputs.
         variants: Contexts in which the model takes other ways; these are analysed as well.
+        equivalents: Ways to compute the same, tried in order where the model's usual way
+            cannot be recorded as a whole, before those that it declares itself.
 
     Returns:
         The graph; the model is left exactly as it was.
@@ -185,7 +189,7 @@ def analyse(
     Raises:
         UnsupportedModelError: The forward fails on the example inputs.
     """
-    recording = record(model, args, kwargs)
+    recording = _recorded(model, args, kwargs, (*equivalents, plain_implementations))
     propagation = propagate(recording)
     if not recording.fake:
         _add_traced_path(model, args, kwargs, recording, propagation)
@@ -197,6 +201,33 @@ def analyse(
     graph.stacks, left_in = find_stacks(model, recording, propagation)
     graph.fixed.update(left_in)
     return graph
+
+
+def _recorded(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    equivalents: Sequence[Equivalent],
+) -> Recording:
+    """A run of the model, if need be in a way that is equivalent and leaves nothing opaque."""
+    usual: Recording | UnsupportedModelError
+    try:
+        usual = record(model, args, kwargs)
+        if not usual.opaque:
+            return usual
+    except UnsupportedModelError as error:
+        usual = error
+    for equivalent in equivalents:
+        try:
+            with equivalent(model):
+                other = record(model, args, kwargs)
+        except UnsupportedModelError:
+            continue
+        if not other.opaque:
+            return other
+    if isinstance(usual, UnsupportedModelError):
+        raise usual
+    return usual
 
 
 def _add_traced_path(

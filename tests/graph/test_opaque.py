@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -162,3 +164,62 @@ def test_what_runs_on_the_rare_way_still_fits() -> None:
         assert isinstance(module, Between)
         out = module.first(torch.randn(4, 5))
         assert module.last(module.odd(out + 10000)).shape == (4, 3)
+
+
+class Settings:
+    def __init__(self) -> None:
+        self._attn_implementation = "fused"
+        self.use_cache = True
+
+
+class TwoWays(PlainIntegersOnly):
+    """Can be recorded in its plain way only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.settings._attn_implementation == "fused":
+            return super().forward(x)
+        return self.scale * x * 2
+
+
+def test_a_way_that_the_model_declares_to_be_equivalent_is_recorded_instead() -> None:
+    odd = TwoWays()
+    net = made_elastic(odd)
+    assert [site.name for site in net.space.sites] == ["first.0", "first.2", "last.0"]
+    assert vars(odd.settings) == {"_attn_implementation": "fused", "use_cache": True}
+    assert net.verify().ok
+
+
+def test_a_way_that_the_caller_says_is_equivalent_is_recorded_instead() -> None:
+    odd = TwoWays()
+    del odd.settings.use_cache
+    odd.settings._attn_implementation = "fused"
+
+    @contextlib.contextmanager
+    def plain(model: nn.Module) -> Iterator[None]:
+        calls.append(model)
+        odd.settings._attn_implementation = "written out"
+        yield
+        odd.settings._attn_implementation = "fused"
+
+    calls: list[nn.Module] = []
+    model = Between(odd)
+    net = elastic(model, torch.randn(4, 5), equivalents=[plain])
+    assert calls == [model]
+    assert not net.graph.recording.opaque
+
+
+def test_experts_without_values_take_any_type() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from tests.zoo.decoders import decoder_sizes
+
+    with torch.device("meta"):
+        config = MixtralConfig(**decoder_sizes(), num_local_experts=4)
+        model = MixtralForCausalLM(config)
+    ids = torch.ones(2, 7, dtype=torch.long, device="meta")
+    net = elastic(model, (), {"input_ids": ids})
+    assert {site.axis for site in net.space.sites} == {"width", "heads", "experts", "depth"}
