@@ -10,6 +10,7 @@ shows as a wrong size rather than as a wrong value.
 """
 
 from tests.zoo import (
+    adapters,
     convolution,
     decoders,
     detection,
@@ -31,6 +32,7 @@ __all__ = [
     "ZOO",
     "Entry",
     "Expected",
+    "adapters",
     "convolution",
     "decoders",
     "detection",
