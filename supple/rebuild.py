@@ -18,11 +18,13 @@ import importlib
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from supple.axes.base import Axis, Patch, added, merge, without_added
 from supple.errors import CheckpointError, SettingError
@@ -352,18 +354,42 @@ def _specification(value: Any) -> Any:
 # --- building ---------------------------------------------------------------------------------
 
 
-def build(origin: Mapping[str, Json], allow_code: bool = False) -> nn.Module:
+def build(
+    origin: Mapping[str, Json], allow_code: bool = False, tensors: int | None = None
+) -> nn.Module:
     """Builds a base model on the meta device.
 
     Args:
         origin: Where it comes from.
         allow_code: Whether an origin `module:callable` may be imported and called.
+        tensors: How many tensors it is to have, if that is known.
 
     Raises:
-        CheckpointError: The origin is unknown here, or is code and that was not allowed.
+        CheckpointError: The origin is unknown here, or is code and that was not allowed, or it
+            makes far more tensors than that.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    bound = nullcontext() if tensors is None else _AtMost(10_000 + 200 * tensors)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), bound:
         return construct(origin, allow_code)
+
+
+class _AtMost(TorchFunctionMode):
+    """Ends a construction that goes on and on because a number in a file is damaged."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self._left = calls
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise CheckpointError(
+                "the network's base, built by its settings, is far larger than its tensors; "
+                "the settings are damaged"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def construct(origin: Mapping[str, Json], allow_code: bool = False) -> nn.Module:

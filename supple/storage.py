@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from supple import files, rebuild
 from supple.axes.base import Axis, added
-from supple.errors import CheckpointError, ConcurrencyError, SettingError
+from supple.errors import CheckpointError, ConcurrencyError, SettingError, SuppleError
 from supple.network import Elastic, elastic
 from supple.plan import describe
 from supple.space import Config, Fixed, Space
@@ -122,14 +122,17 @@ def load(
     """
     folder = Path(directory)
     description = _read_description(folder)
-    tensors = {name: _read_tensors(folder, name, s) for name, s in description["files"].items()}
     try:
+        sums = dict(description["files"])
+        tensors = {name: _read_tensors(folder, name, s) for name, s in sums.items()}
         module = _structure(description, tensors, folder, model, axes, allow_code)
         _fill(module, description, tensors, folder)
         if description["kind"] == "network":
             return module
         return _elastic(module, description["elastic"], tensors, axes, folder)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except SuppleError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder / DESCRIPTION} does not fit what this version of Supple expects "
             f"({type(error).__name__}: {error}); {_AGAIN}"
@@ -407,7 +410,8 @@ def _structure(
             f"{how['own_axes']}, and files hold no code; give them as axes=[...], or a network "
             "of the same structure as model=..."
         )
-    module = rebuild.follow(rebuild.build(base["origin"], allow_code), steps, axes)
+    built = rebuild.build(base["origin"], allow_code, tensors=len(base["shapes"]))
+    module = rebuild.follow(built, steps, axes)
     rebuild.apply_overrides(module, how["overrides"])
     _check_outline(module, description, folder, "built anew, it")
     return module

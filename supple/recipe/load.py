@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from supple.errors import RecipeError, nearest
 from supple.recipe.schema import Recipe
 
+_MOST = 100_000  # a recipe whose aliases multiply ends here
 Where = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 
@@ -71,8 +72,9 @@ def parse_source(text: str, file: str = "recipe") -> Source:
         RecipeError: The text is no YAML mapping or repeats a key.
     """
     source = Source(file, {})
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise source.error((), "a recipe is a mapping of sections, such as `model: ...`")
@@ -85,26 +87,40 @@ def parse_source(text: str, file: str = "recipe") -> Source:
     except RecursionError as error:
         raise RecipeError(f"{file}: an alias contains itself") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return source
 
 
 def _plain(node: yaml.Node, where: Where, loader: yaml.SafeLoader, source: Source) -> Any:
     """Turns a YAML node into plain data and notes its lines."""
     source.lines.setdefault(where, node.start_mark.line + 1)
+    if len(source.lines) > _MOST:
+        raise source.error((), f"a recipe holds at most {_MOST:,} values, aliases included")
     if isinstance(node, yaml.SequenceNode):
         items = enumerate(node.value)
         return [_plain(item, (*where, i), loader, source) for i, item in items]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node, deep=True)
+        return _constructed(node, where, loader, source)
     values: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise source.error(where, "a key must be a plain word, not a list or a mapping")
+        key = _constructed(key_node, where, loader, source)
         source.lines[(*where, key)] = key_node.start_mark.line + 1
         if key in values:
             raise source.error((*where, key), f"the key {key!r} stands here a second time")
         values[key] = _plain(value_node, (*where, key), loader, source)
     return values
+
+
+def _constructed(node: yaml.Node, where: Where, loader: yaml.SafeLoader, source: Source) -> Any:
+    """The value of a scalar."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        text = str(node.value)[:40]
+        raise source.error(where, f"{text!r} is no value of its type, {node.tag}") from error
 
 
 def apply_overrides(source: Source, overrides: Iterable[str]) -> Source:

@@ -120,10 +120,16 @@ def load(
         _check_settings(run["settings"], settings, path)
         shared = _read(path / "shared")
         own = _read(path / f"rank-{processes.rank()}")
+        _fill(module, shared.pop("tensors"), path)
+        return shared, own
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_way_out(path, error)}") from error
-    _fill(module, shared.pop("tensors"), path)
-    return shared, own
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        problem = CheckpointError(
+            f"{path} does not hold what a checkpoint of this version does "
+            f"({type(error).__name__}: {error})"
+        )
+        raise CheckpointError(f"{problem}{_way_out(path, problem)}") from error
 
 
 def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -190,7 +196,7 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(module: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
-    own = _tensors_of(module)
+    own, saved = _tensors_of(module), dict(saved)
     for name in [*own, *saved]:
         here, there = (_shape(tensors.get(name)) for tensors in (own, saved))
         if here != there:
