@@ -16,7 +16,7 @@ only. Plans are worked out before (their time is reported by itself).
 `python -m benchmarks.overhead` writes `benchmarks/results/overhead.json`, case by case; cases
 that were measured with the same code on the same machine are kept (`--fresh` forgets them, and
 words choose cases: `python -m benchmarks.overhead vit-96`). Once-for-all's own layers, as its
-package has them, take part in a process of their own, with the package in `benchmarks/.envs`.
+package has them, take part in a process of their own, with the package in a temporary folder.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ from supple.training.step import SizesRun, WholeOnly
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "overhead.json"
-ENVIRONMENT = HERE / ".envs" / "once-for-all"
+ENVIRONMENT = Path(tempfile.gettempdir()) / "supple-benchmarks" / "once-for-all"
 PEER = "ofa==0.1.0.post202307202001"
 PAIRS = 200
 BATCH = {32: 32, 96: 8}
