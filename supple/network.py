@@ -132,8 +132,6 @@ class Elastic:
         kwargs: Keyword example inputs.
         graph: What is known of the model.
         axes: The axes in use.
-        statistics: Recalibrated running statistics by canonical config: buffer name to tensor
-            of the sub-network's shape.
         verified: Whether the sites were checked on the model itself.
         seconds: Time spent proving and verifying.
     """
@@ -150,7 +148,7 @@ class Elastic:
         self.args = args
         self.kwargs = kwargs
         self.axes = axes
-        self.statistics: dict[Config, dict[str, Tensor]] = {}
+        self._statistics = _Statistics(self.module)
         self.verified = False
         self.seconds: dict[str, float] = {}
         self._plans: dict[Config, Plan] = {}
@@ -297,6 +295,17 @@ class Elastic:
         partial = config != self.space.largest()
         return partial and config not in self.statistics and self.has_running_statistics()
 
+    @property
+    def statistics(self) -> dict[Config, dict[str, Tensor]]:
+        """Recalibrated running statistics by canonical config: buffer name to tensor.
+
+        Tensors have the sub-network's shape. All are dropped when a parameter has changed since
+        they were put here, by whatever means.
+        """
+        if self._statistics and self._statistics.outdated():
+            self._statistics.clear()
+        return self._statistics
+
     def has_running_statistics(self) -> bool:
         """Whether the module has normalization layers with running statistics."""
         return any(
@@ -305,8 +314,8 @@ class Elastic:
         )
 
     def drop_statistics(self) -> None:
-        """Forget recalibrated statistics; to be called when weights change."""
-        self.statistics.clear()
+        """Forget recalibrated statistics."""
+        self._statistics.clear()
 
     def verify(self, n: int = 4) -> Report:
         """Compare active, extracted, masked and permuted forwards on random sizes.
@@ -490,7 +499,8 @@ class Elastic:
     def __deepcopy__(self, memo: dict[int, Any]) -> Elastic:
         """A network of its own, with no size active."""
         twin = self.on(copy.deepcopy(self.module, memo))
-        twin.statistics = copy.deepcopy(self.statistics, memo)
+        for config, values in self.statistics.items():
+            twin.statistics[config] = copy.deepcopy(values, memo)
         twin.seconds = dict(self.seconds)
         return twin
 
@@ -529,6 +539,30 @@ class Elastic:
                     inside.append((depth.name, frozenset(alive)))
             result.append(dataclasses.replace(site, inside=tuple(inside)))
         return result
+
+
+class _Statistics(dict[Config, dict[str, Tensor]]):
+    """Statistics by config, and of which weights they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+        self._weights: list[tuple[int, int]] = []
+
+    def __setitem__(self, config: Config, values: dict[str, Tensor]) -> None:
+        if not self:
+            self._weights = self._now()
+        super().__setitem__(config, values)
+
+    def outdated(self) -> bool:
+        """Whether a parameter was written to or replaced since the first were put in."""
+        return self._weights != self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        # tensors made in inference mode do not count how often they are written to
+        return [
+            (id(p), 0 if p.is_inference() else p._version) for p in self._module.parameters()
+        ]
 
 
 def _unshared(found: list[tuple[Axis, Site]]) -> list[tuple[Axis, Site]]:

@@ -125,6 +125,36 @@ def test_they_are_saved(net, tmp_path):
     assert equal(loaded.statistics[net.space.smallest()], kept)
 
 
+@pytest.mark.parametrize(
+    "how", ["load_state_dict", "optimizer", "by hand", "replaced"]
+)
+def test_statistics_are_dropped_when_the_user_changes_weights(net, how):
+    """ "dropped when weights change", by whatever means."""
+    measured(net)
+    assert net.statistics
+    module = net.module
+    layer = next(m for m in module.modules() if isinstance(m, nn.Linear))
+    if how == "load_state_dict":
+        module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
+    elif how == "optimizer":
+        layer.weight.grad = torch.ones_like(layer.weight)
+        torch.optim.SGD([layer.weight], lr=0.1).step()
+    elif how == "by hand":
+        with torch.no_grad():
+            layer.weight[0, 0] += 1
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    assert not net.statistics
+
+
+def test_statistics_stay_while_weights_do(net):
+    """A forward, a backward and an active size change no weights."""
+    measured(net)
+    with net.at(net.space.smallest()):
+        net.module(batches(1)[0][0]).sum().backward()
+    assert net.statistics
+
+
 @pytest.mark.parametrize("change", ["train", "sort"])
 def test_they_are_dropped_when_weights_change(net, change):
     """ "dropped when weights change"."""
