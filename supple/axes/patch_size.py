@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supple.axes.base import Axis, Patch
+from supple.axes.base import Axis, Patch, Transform
 from supple.errors import SettingError
 from supple.graph.couple import Graph
 from supple.graph.integers import AttributeKey
@@ -108,7 +108,7 @@ class PatchSize(Axis):
         """The embedding's weights, its stride and the position embeddings at another size."""
         if choice == site.full or not isinstance(site, PatchSite):
             return Patch()
-        tensors = {f"{self.at}.weight": _ResizeWeight(site.full, choice)}
+        tensors: dict[str, Transform] = {f"{self.at}.weight": _ResizeWeight(site.full, choice)}
         if self.positions is not None:
             before, after = site.side // site.full, site.side // choice
             tensors[self.positions] = _ResizeGrid(before, after)
@@ -133,7 +133,8 @@ class _ResizeWeight:
 
     def __call__(self, weight: Tensor) -> Tensor:
         change = _pseudo_inverse(self.full, self.size).to(weight)
-        return (weight.flatten(2) @ change.T).unflatten(2, (self.size, self.size))
+        resized = weight.flatten(2) @ change.T
+        return resized.reshape(*weight.shape[:2], self.size, self.size)
 
 
 @functools.cache
@@ -147,7 +148,8 @@ def _pseudo_inverse(full: int, size: int) -> Tensor:
     resized = F.interpolate(
         patches, size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
-    return torch.linalg.pinv(resized.flatten(1))
+    inverse: Tensor = torch.linalg.pinv(resized.flatten(1))
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ class _ResizeGrid:
 
     def __call__(self, positions: Tensor) -> Tensor:
         leading = positions.shape[1] - self.before**2
-        grid = positions[:, leading:].transpose(1, 2).unflatten(2, (self.before, self.before))
+        grid = positions[:, leading:].transpose(1, 2)
+        grid = grid.reshape(*grid.shape[:2], self.before, self.before)
         grid = F.interpolate(
             grid, size=(self.after, self.after), mode="bicubic", align_corners=False
         )

@@ -81,7 +81,8 @@ class LowRankLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+        result: Tensor = self.up(self.down(x))
+        return result
 
 
 def _check(rank: int, most: int) -> None:

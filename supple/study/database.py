@@ -81,6 +81,8 @@ def check_file(path: Path, patience: float) -> None:
             connection.execute("ROLLBACK")
     except (OSError, sqlite3.Error) as error:
         raise CheckpointError(fault_text(str(path), error)) from error
+    except UnicodeDecodeError as error:  # SQLite's own words for the damage quote from the file
+        raise CheckpointError(f"the study {path} is damaged; use another file") from error
     if found != "ok":
         why = " ".join(found.split())[:120]
         raise CheckpointError(f"the study {path} is damaged ({why}); use another file")
