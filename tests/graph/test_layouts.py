@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+import supple
 from supple.network import elastic
 
 WIDTH, HEADS, SIZE = 15, 4, 6
@@ -122,4 +123,11 @@ class ShapeOnly(nn.Module):
 def test_inner_width_is_elastic(model: nn.Module) -> None:
     net = elastic(model, torch.randn(2, 7, 5))
     assert [site.full for site in net.space.sites] == [12]
+    assert net.verify().ok
+
+
+def test_nothing_behind_a_rotary_part_leaves_the_head_width_elastic() -> None:
+    model = nn.Sequential(nn.Linear(5, WIDTH), TurnedWhole(), nn.Linear(WIDTH, 3))
+    net = elastic(model, torch.randn(2, 7, 5), axes=[supple.Width(head_dim=True)])
+    assert SIZE in [site.full for site in net.space.sites]
     assert net.verify().ok
