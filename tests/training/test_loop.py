@@ -361,7 +361,7 @@ def test_logs_without_tensorboard_name_the_extra(tmp_path, monkeypatch):
 
 def test_the_progress_bar_shows_the_losses(capsys):
     trained(stub.mlp(), stub.vectors(), progress=True)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "4/4" in shown
     assert "largest" in shown
 

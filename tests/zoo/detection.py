@@ -160,6 +160,7 @@ class DETR(nn.Module):
         "label.weight[0]": "output",
         "box.2.weight[0]": "output",
         "rows[0]": "a spatial size",
+        "transformer.decoder.layers.*.heads": "the code computes a size as 40",
         "columns[0]": "a spatial size",
         "backbone.0.0.weight[1]": "input dimension",
         "*[2, 3]": "kernel size",

@@ -107,6 +107,7 @@ class DenoisingUNet(nn.Module):
     },
     fixed={
         "embed.0.weight[1]": "it counts positions",
+        "attend.heads": "the code computes a size as 36",
         "stem.weight[0]": "two incompatible inner structures meet in a group norm",
         "grow.weight[0]": "two incompatible inner structures meet in a group norm",
         "stem.weight[1]": "input dimension",
@@ -183,6 +184,7 @@ class DiT(nn.Module):
         "patch.weight[1]": "input dimension",
         "*[2, 3]": "kernel size",
         "time.0.weight[1]": "it counts positions",
+        "blocks.*.heads": "the code computes a size as 36",
         "label.weight[0]": "looked up by index",
         "head.weight[0]": "output",
     },
