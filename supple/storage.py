@@ -132,7 +132,14 @@ def load(
         return _elastic(module, description["elastic"], tensors, axes, folder)
     except SuppleError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(
             f"{folder / DESCRIPTION} does not fit what this version of Supple expects "
             f"({type(error).__name__}: {error}); {_AGAIN}"

@@ -124,7 +124,7 @@ def load(
         return shared, own
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_way_out(path, error)}") from error
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         problem = CheckpointError(
             f"{path} does not hold what a checkpoint of this version does "
             f"({type(error).__name__}: {error})"
