@@ -95,9 +95,7 @@ def main() -> None:
     """Runs all tools on all families, writes the file and prints the table."""
     python, failed = environment()
     families = list(ZOO)
-    tools = {"supple": run(python, "supple", families)}
-    tools |= {tool: run(python, tool, families) for tool in PEERS if tool not in failed}
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "any_model",
         "command": "python -m benchmarks.any_model",
         "date": date.today().isoformat(),
@@ -105,9 +103,11 @@ def main() -> None:
         "packages": sorted({p for packages in PEERS.values() for p in packages if "==" in p}),
         "not installed": failed,
         "families": families,
-        "tools": tools,
+        "tools": {},
     }
-    write_json(RESULT, result)
+    for tool in ("supple", *(tool for tool in PEERS if tool not in failed)):
+        result["tools"][tool] = run(python, tool, families)
+        write_json(RESULT, result)
     Console().print(table(result))
 
 
