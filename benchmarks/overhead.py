@@ -17,6 +17,8 @@ only. Plans are worked out before (their time is reported by itself).
 that were measured with the same code on the same machine are kept (`--fresh` forgets them, and
 words choose cases: `python -m benchmarks.overhead vit-96`). Once-for-all's own layers, as its
 package has them, take part in a process of their own, with the package in a temporary folder.
+Two kinds of cases are measured only when named: `default-axes` (the widest ranges) and `kernel`
+(once-for-all with its elastic kernels).
 """
 
 from __future__ import annotations
@@ -246,15 +248,13 @@ def measure_peer(pixels: int, size: str, kernel: bool) -> dict[str, Any]:
 
 def cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yields the name of each case and what measures it."""
-    for pixels in BATCH:
-        for kind in AXES:
-            for default in (False, True):
-                # the largest size is the same network in both spaces
-                for size in SIZES[:2] if default else SIZES:
+    for size in SIZES:
+        for pixels in BATCH:
+            for kind in AXES:
+                for default in (False, True):
                     name = f"{kind}{'-default-axes' if default else ''}-{pixels}-{size}"
                     yield name, lambda k=kind, p=pixels, d=default, s=size: _ours(k, p, d, s)
-        for kernel in (False, True):
-            for size in SIZES:
+            for kernel in (False, True):
                 name = f"once-for-all{'-kernel' if kernel else ''}-{pixels}-{size}"
                 yield name, lambda p=pixels, s=size, k=kernel: measure_peer(p, s, k)
 
@@ -289,7 +289,8 @@ def main(arguments: list[str]) -> None:
             figures["cases"] = before["cases"]
     words = [word for word in arguments if not word.startswith("-")]
     for name, run in cases():
-        if name in figures["cases"] or not all(word in name for word in words):
+        asked = all(kind in words or kind not in name for kind in ("default-axes", "kernel"))
+        if name in figures["cases"] or not asked or not all(word in name for word in words):
             continue
         row = run()
         figures["cases"][name] = row | {"date": time.strftime("%Y-%m-%d %H:%M")}
