@@ -54,6 +54,18 @@ def simplify(model: nn.Module) -> None:
         model.set_attn_implementation("eager")
 
 
+def simplest(family: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A family in that form, or as it is where it does not run so."""
+    model, args, kwargs = ZOO[family]()
+    simplify(model)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+        return model, args, kwargs
+    except (AttributeError, TypeError, ValueError):
+        return ZOO[family]()
+
+
 def output_layers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Layers as wide as the last dimension (or the channels) of the output, by convention."""
     with torch.no_grad():
@@ -243,9 +255,7 @@ def attempt(tool: str, family: str) -> dict[str, Any]:
 
 
 def _attempt(tool: str, family: str, cut: float) -> dict[str, Any]:
-    model, args, kwargs = ZOO[family]()
-    if tool != "supple":
-        simplify(model)
+    model, args, kwargs = ZOO[family]() if tool == "supple" else simplest(family)
     whole = sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         before = [t.shape for t in tensors(model(*args, **kwargs))[:1]]
