@@ -57,6 +57,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     text = "# Benchmarks\n\n`make bench` measures all of it.\n"
     if "overhead" in found:
         text += "\n" + overhead(found["overhead"])
+    if "overhead_published" in found:
+        text += "\n" + published(found["overhead_published"])
     if "core" in found:
         text += "\n" + core(found["core"])
     return text
@@ -103,6 +105,27 @@ def entering(rows: dict[str, dict[str, Any]]) -> str:
                 f"| {name} | {row['places']} | {row['at_ms']:.2f} ms | "
                 f"{row['plan_ms']:.2f} ms | {row['extract_ms']:.0f} ms |\n"
             )
+    return text
+
+
+def published(result: dict[str, Any]) -> str:
+    """Gives the table of `benchmarks.overhead_published`."""
+    text = (
+        "## Overhead at published sizes\n\nThe smallest size of half the widths, heads and "
+        f"blocks, on one small input. {_source(result, [])}\n\n"
+        "| network | parameters, of the size | forward | A/A | entered | step | A/A |\n"
+        "|---|---|---|---|---|---|---|\n"
+    )
+    for name, row in result["models"].items():
+        cells = [
+            f"{row['params'] / 1e6:.1f} M, {row['extracted_params'] / 1e6:.1f} M",
+            _ratio(row["forward"], result["limits"]["forward"]),
+            f"{row['forward_aa']['ratio']:.3f}",
+            _ratio(row["forward_entered"]),
+            _ratio(row["step"], result["limits"]["step"]),
+            f"{row['step_aa']['ratio']:.3f}",
+        ]
+        text += f"| {name} | {' | '.join(cells)} |\n"
     return text
 
 
