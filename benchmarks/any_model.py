@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from supple.cost.measure import device_name
-from supple.files import write_json
+from supple.files import read_json, write_json
 from tests.zoo import ZOO
 
 HERE = Path(__file__).parent
@@ -91,8 +91,12 @@ def table(result: dict[str, Any]) -> Table:
     return drawn
 
 
-def main() -> None:
-    """Runs all tools on all families, writes the file and prints the table."""
+def main(chosen: list[str]) -> None:
+    """Runs tools on all families, adds their figures to the file and prints the table.
+
+    Args:
+        chosen: Names of tools; empty for all.
+    """
     python, failed = environment()
     families = list(ZOO)
     result: dict[str, Any] = {
@@ -105,11 +109,17 @@ def main() -> None:
         "families": families,
         "tools": {},
     }
-    for tool in ("supple", *(tool for tool in PEERS if tool not in failed)):
-        result["tools"][tool] = run(python, tool, families)
+    every = ["supple", *(tool for tool in PEERS if tool not in failed)]
+    for tool in chosen or every:
+        found = {tool: run(python, tool, families)}
+        kept = read_json(RESULT) if chosen and RESULT.exists() else result
+        known = kept["tools"] if kept["families"] == families else {}
+        result["tools"] = {
+            name: (known | found)[name] for name in every if name in known | found
+        }
         write_json(RESULT, result)
     Console().print(table(result))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])
