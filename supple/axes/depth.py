@@ -10,6 +10,7 @@ from supple.axes.base import Axis, Patch, check_choices, choices_of, selected
 from supple.errors import SettingError
 from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
+from supple.graph.repeats import Repeat
 from supple.space import Site
 
 __all__ = ["Depth"]
@@ -22,11 +23,12 @@ class DepthSite(Site):
     """A site that leaves blocks of one stack out.
 
     With a `block` the site is that block (0 leaves it out, 1 keeps it); without, its choice is
-    the number of blocks that stay.
+    the number of blocks that stay. With a `repeat` it is the number of calls of one module.
     """
 
     stack: Stack | None = field(default=None, compare=False, repr=False)
     block: int | None = field(default=None, compare=False, repr=False)
+    repeat: Repeat | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,18 @@ class Depth(Axis):
             base = f"{stack.container}.depth" if stack.container else "depth"
             label = base if count == 1 else f"{base}#{count}"
             sites.extend(self._of_stack(stack, label))
+        for repeat in graph.repeats:
+            if selected(repeat.path, self.where):
+                sites.extend(self._of_repeat(repeat))
         return sites
+
+    def _of_repeat(self, repeat: Repeat) -> list[Site]:
+        """All calls are of the same weights: whatever the pattern, the first ones stay."""
+        counts = choices_of(repeat.count, 1, self.choices, 1) if self.choices else ()
+        offered = tuple(sorted({*(counts or range(1, repeat.count)), repeat.count}))
+        name = f"{repeat.path}.calls"
+        site = DepthSite(name, self.name, offered, repeat.count, repeat=repeat)
+        return [site] if offered[1:] else []
 
     def _of_stack(self, stack: Stack, label: str) -> list[Site]:
         full = len(stack.blocks)
@@ -88,6 +101,11 @@ class Depth(Axis):
 
     def patch(self, site: Site, choice: int) -> Patch:
         assert isinstance(site, DepthSite)
+        if site.repeat is not None:
+            if choice == site.full:
+                return Patch()
+            # fewer operators run: costs record each number of calls
+            return Patch(attributes={site.repeat.attribute: choice}, downstream=True)
         assert site.stack is not None
         stack = site.stack
         if site.block is not None:
@@ -107,5 +125,7 @@ class Depth(Axis):
 
     def paths(self, site: Site) -> tuple[str, ...]:
         assert isinstance(site, DepthSite)
+        if site.repeat is not None:
+            return (site.repeat.path,)
         assert site.stack is not None
         return (site.stack.container,)

@@ -19,7 +19,7 @@ from supple.graph.dims import same
 from supple.graph.record import Call, ModuleCall, Recording, Ref
 from supple.graph.rules import Propagation
 
-__all__ = ["Stack", "find_stacks", "residual_gains"]
+__all__ = ["Stack", "find_stacks", "obstacle", "residual_gains", "uses"]
 
 _CARRIES = frozenset(
     f"aten::{name}"
@@ -98,7 +98,7 @@ def find_stacks(
     calls: dict[str, list[ModuleCall]] = defaultdict(list)
     for call in recording.modules:
         calls[call.path].append(call)
-    used_after = _last_use(recording)
+    used_after = uses(recording)
     joined = [{r.id for r in c.inputs} for c in recording.calls if c.name in _JOINS]
     stacks: list[Stack] = []
     fixed: dict[str, str] = {}
@@ -108,7 +108,7 @@ def find_stacks(
             continue
         prefix = f"{path}." if path else ""
         names = [f"{prefix}{i}" for i in range(len(module))]
-        reasons = [_obstacle(calls[name], recording, p, used_after) for name in names]
+        reasons = [obstacle(calls[name], recording, p, used_after) for name in names]
         _note_odd_ones(module, names, reasons)
         _note_joined([calls[name] for name in names], joined, reasons)
         for run in _runs(reasons):
@@ -193,7 +193,7 @@ def _note_joined(
                 reasons[position] = _JOINED
 
 
-def _last_use(recording: Recording) -> dict[int, int]:
+def uses(recording: Recording) -> dict[int, int]:
     last: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
         for ref in call.inputs:
@@ -203,7 +203,7 @@ def _last_use(recording: Recording) -> dict[int, int]:
     return last
 
 
-def _obstacle(
+def obstacle(
     calls: list[ModuleCall], recording: Recording, p: Propagation, last: dict[int, int]
 ) -> str:
     """Why a block must stay; empty if it can be left out."""

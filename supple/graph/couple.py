@@ -26,6 +26,7 @@ from supple.graph.integers import AttributeKey, leaves
 from supple.graph.learned import learned_rule
 from supple.graph.opaque import hold_what_is_not_seen
 from supple.graph.record import Recording, record
+from supple.graph.repeats import Repeat, find_repeats
 from supple.graph.rules import RULES, Dims, Propagation, fixed, pointwise
 from supple.graph.sizes import Sizes
 
@@ -73,6 +74,7 @@ class Graph:
         tensors: Dimensions of parameters and buffers, by name of the first owner.
         groups: What can shrink.
         stacks: Runs of residual blocks that can be shortened.
+        repeats: Residual modules that can be called fewer times.
         fixed: What cannot change, with the reason; by parameter dimension or block.
         sizes: The integers of sub-networks.
         ordered: Atoms of parameters whose positions have a meaning of their own.
@@ -84,6 +86,7 @@ class Graph:
     tensors: dict[str, Dims]
     groups: list[Group] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
+    repeats: list[Repeat] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(init=False, repr=False)
     ordered: frozenset[Atom] = field(init=False, repr=False)
@@ -200,6 +203,11 @@ def analyse(
     _find_groups(graph)
     graph.stacks, left_in = find_stacks(model, recording, propagation)
     graph.fixed.update(left_in)
+    sized = graph.sizes.defined
+    graph.repeats, called = find_repeats(
+        model, args, kwargs, recording, propagation, sized.__contains__
+    )
+    graph.fixed.update(called)
     return graph
 
 

@@ -117,6 +117,7 @@ def distilbert() -> Entry:
         "width albert.encoder.albert_layer_groups.*.albert_layers.*.ffn": 1,
         "width albert.pooler": 1,
         "heads albert.encoder.albert_layer_groups.*.albert_layers.*.attention.heads": 1,
+        "depth albert.encoder.albert_layer_groups.*.calls": 1,
     },
     fixed={
         "albert.embeddings.word_embeddings.weight[0]": "looked up by index",
