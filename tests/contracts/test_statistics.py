@@ -125,9 +125,7 @@ def test_they_are_saved(net, tmp_path):
     assert equal(loaded.statistics[net.space.smallest()], kept)
 
 
-@pytest.mark.parametrize(
-    "how", ["load_state_dict", "optimizer", "by hand", "replaced"]
-)
+@pytest.mark.parametrize("how", ["load_state_dict", "optimizer", "by hand", "replaced"])
 def test_statistics_are_dropped_when_the_user_changes_weights(net, how):
     """ "dropped when weights change", by whatever means."""
     measured(net)
