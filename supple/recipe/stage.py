@@ -149,6 +149,8 @@ class RunFolder:
         try:
             yield handle
         finally:
+            # A process that was started meanwhile may hold a copy of the handle for a while.
+            fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
     def _busy(self) -> RecipeError:
