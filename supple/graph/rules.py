@@ -548,6 +548,7 @@ def channel_shuffle(p: Propagation, call: Call) -> list[Dims]:
     return [dims]
 
 
+_WINDOW, _PATCHES = "the window of a patch", "the number of patches"
 _FACTOR = "the factor by which pixels and channels are exchanged"
 
 
@@ -565,6 +566,26 @@ def pixel_unshuffle(p: Propagation, call: Call) -> list[Dims]:
     *lead, channels, height, width = p.of(call.inputs[0])
     square = fixed(argument(call, "downscale_factor") ** 2, _FACTOR)
     return [[*lead, product((channels, square)), *_resized(call, height, width)]]
+
+
+@rule("im2col")
+def unfold_patches(p: Propagation, call: Call) -> list[Dims]:
+    *lead, channels, height, width = p.of(call.inputs[0])
+    window = fixed(prod(argument(call, "kernel_size")), _WINDOW)
+    for place in (height, width):
+        pin(place, "a spatial size")
+    return [[*lead, product((channels, window)), fixed(call.outputs[0].shape[-1], _PATCHES)]]
+
+
+@rule("col2im")
+def fold_patches(p: Propagation, call: Call) -> list[Dims]:
+    *lead, rows, patches = p.of(call.inputs[0])
+    window = fixed(prod(argument(call, "kernel_size")), _WINDOW)
+    channels = fresh(rows.size // window.size)
+    unify(rows, product((channels, window)), "a fold of patches")
+    pin(patches, _PATCHES)
+    height, width = call.outputs[0].shape[-2:]
+    return [[*lead, channels, fixed(height, "a spatial size"), fixed(width, "a spatial size")]]
 
 
 def _resized(call: Call, *places: Dim) -> Dims:
@@ -877,6 +898,8 @@ def batch_norm(p: Propagation, call: Call) -> list[Dims]:
     x = p.of(call.inputs[0])
     for ref in call.inputs[1:]:
         unify(x[1], p.of(ref)[0], "a batch norm")
+    if argument(call, "training", "no" not in call.name.rsplit("batch_norm", 1)[-1]):
+        p.reduced.extend([x[0], *x[2:]])  # the statistics are those of the tensor itself
     rest: list[Dims] = []
     for ref in call.outputs[1:]:
         rest.append([x[1] if n == x[1].size else fixed(n, "a buffer") for n in ref.shape])

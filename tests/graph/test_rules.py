@@ -282,6 +282,8 @@ SAMPLES: list[Sample] = [
     op(aten.pixel_shuffle.default, t(2, 12, 5, 7), 2),
     op(aten.pixel_shuffle.default, t(12, 5, 7), 2),
     op(aten.pixel_unshuffle.default, t(2, 3, 4, 6), 2),
+    op(aten.im2col.default, t(2, 3, 4, 6), [2, 2], [1, 1], [0, 0], [2, 2]),
+    op(aten.col2im.default, t(2, 12, 6), [4, 6], [2, 2], [1, 1], [0, 0], [2, 2]),
     op(aten._weight_norm_interface.default, t(5, 3, 2), t(5, 1, 1)),
     op(aten._weight_norm_interface.default, t(3, 2, 5), t(1, 1, 5), 2),
     op(
@@ -765,6 +767,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         IMAGE,
         "",
     ),
+    "patches unfolded and folded": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Unfold(2, stride=2),
+            nn.Fold((8, 8), 2, stride=2),
+            nn.Conv2d(16, 3, 1),
+        ),
+        IMAGE,
+        "",
+    ),
     "weight norm": (
         lambda: nn.Sequential(
             nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3)),
@@ -955,8 +967,24 @@ def test_what_is_offered_works(name: str) -> None:
 def test_the_models_that_have_no_known_defect_offer_something() -> None:
     offered = {"einsum", "complex rotary", "in-place halves", "maxout", "patch mixing"}
     offered |= {"pixel shuffle", "pixel unshuffle", "gated recurrent unit", "weight norm"}
+    offered |= {"patches unfolded and folded"}
     offered |= {"a convolution of one place", "a transpose in place"}
     for name in offered:
         build, shape, reason = MODELS[name]
         assert not reason
         assert everything(build(), torch.randn(shape)).space.sites, name
+
+
+class StandardizedConv(nn.Conv2d):
+    """Every filter has mean 0 and variance 1 over the input channels and its window."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6)
+        return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_filters_standardized_over_their_inputs_are_not_compared_with_masked_ones() -> None:
+    model = nn.Sequential(StandardizedConv(3, 16, 3), nn.ReLU(), StandardizedConv(16, 3, 1))
+    net = elastic(shake(model), torch.randn(2, 3, 6, 6))
+    assert [site.name for site in net.space.sites] == ["0"]

@@ -159,6 +159,7 @@ class GRUCellLoop(nn.Module):
         "width start": 1,
     },
     fixed={
+        "cell": "it is called 5 times",
         "first[1]": "output",
         "start.weight[1]": "input dimension",
     },

@@ -43,6 +43,7 @@ class EncoderClassifier(nn.Module):
         "depth encoder.layers.depth": 1,
     },
     fixed={
+        "encoder.layers.*.heads": "the code computes a size as 48",
         "embed.weight[0]": "looked up by index",
         "head.weight[0]": "output",
     },
