@@ -37,6 +37,7 @@ __all__ = [
     "Patch",
     "Reshaped",
     "added",
+    "below",
     "check_choices",
     "choices_of",
     "group_sites",
@@ -132,15 +133,16 @@ class Patch:
 
     def runs(self, path: str) -> bool:
         """Whether the module at a path still has a place in the network."""
-        if any(_below(path, block) for block in self.dropped):
+        if any(below(path, block) for block in self.dropped):
             return False
         for replaced, other in self.modules.items():
-            if _below(path, replaced):
-                return isinstance(other, str) and (_below(path, other) or _below(other, path))
+            if below(path, replaced):
+                return isinstance(other, str) and (below(path, other) or below(other, path))
         return True
 
 
-def _below(path: str, above: str) -> bool:
+def below(path: str, above: str) -> bool:
+    """Whether a module path is another one, or lies inside it."""
     return path == above or path.startswith(above + ".")
 
 

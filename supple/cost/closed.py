@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from supple.axes.base import added, merge
+from supple.axes.base import added, below, merge
 from supple.cost.products import macs_of
 from supple.graph.couple import propagate
 from supple.graph.dims import Atom, Dim, Monomial, atoms, monomials, multiply
@@ -284,12 +284,8 @@ class Run:
     def gate(self, path: str) -> dict[int, np.ndarray] | None:
         """For which choices something at a module path exists; None: never in this run."""
         if path not in self._blocks_memo:
-            factors = dict(self._fixed)
-            inside = [gate for gated, gate in self._gates.items() if _below(path, gated)]
-            around = [masks for block, masks in self._blocks.items() if _below(path, block)]
-            for column, mask in [*inside, *(one for masks in around for one in masks)]:
-                factors[column] = factors.get(column, 1) * mask
-            self._blocks_memo[path] = factors if inside or not self._only else {-1: _NEVER}
+            counts = not self._only or any(below(path, gated) for gated in self._gates)
+            self._blocks_memo[path] = self._born(path, path) if counts else {-1: _NEVER}
         found = self._blocks_memo[path]
         return None if -1 in found else found
 
@@ -300,10 +296,10 @@ class Run:
         """
         factors = dict(self._fixed)
         for gated, (column, mask) in self._gates.items():
-            if _below(path, gated) and _below(place, gated):
+            if below(path, gated) and below(place, gated):
                 factors[column] = factors.get(column, 1) * mask
         for block, masks in self._blocks.items():
-            if _below(path, block):
+            if below(path, block):
                 for column, mask in masks:
                     factors[column] = factors.get(column, 1) * mask
         return factors
@@ -460,7 +456,7 @@ class Run:
     ) -> list[Term]:
         """Bytes of one of the tensors alive at a moment."""
         block, _ = standing_in.get(storage, ("", None))
-        if block and not _below(place, block):
+        if block and not below(place, block):
             found = self._sized(live[storage], 1, gates)
             same = self._is_another(storage, live, gates, standing_in)
             return found + (self._sized(live[storage], -1, same) if same is not None else [])
@@ -495,10 +491,6 @@ class Run:
             if at in live:
                 return factors
         return None
-
-
-def _below(path: str, above: str) -> bool:
-    return path == above or path.startswith(above + ".")
 
 
 def _times(
