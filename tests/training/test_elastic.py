@@ -110,8 +110,8 @@ def test_dropout_is_off_and_batch_statistics_on_without_regularisation(net):
         started(net, Pass(config, "a", regularise=flag), clip=1e-9).step(batch)["a"]
         for flag in (False, False, True, True)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[2] != pytest.approx(losses[3], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[2] != pytest.approx(losses[3], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", [BigNAS(), SortedNet(micro_steps=2)])
