@@ -301,9 +301,10 @@ class Plan:
                 self._shadow_tensors(undo, statistics)
                 for key, value in self._attributes.items():
                     set_integer(self._modules[key.module], key, value, undo)
-                placed = self._shorten(self._modules, undo)
+                placed = {**self._modules, **self._shorten(self._modules, undo)}
                 for path, change in self._patch.inputs.items():
-                    module = placed[path] if path in placed else self._modules[path]
+                    module = placed[path]
+                    assert module is not None
                     undo.put(vars(module), "forward", _changed(module.forward, change))
                 self._separate_compiled_code(undo)
                 undo.put(vars(self._model), "__deepcopy__", self._copied_whole(undo))
