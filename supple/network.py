@@ -13,7 +13,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import Axis, Patch, added, merge
+from supple.axes.base import Axis, Patch, Sharing, added, merge
 from supple.axes.depth import Depth
 from supple.axes.experts import Experts
 from supple.axes.heads import Heads
@@ -151,7 +151,7 @@ class Elastic:
         self._statistics = _Statistics(self.module)
         self.verified = False
         self.seconds: dict[str, float] = {}
-        self._plans: dict[Config, Plan] = {}
+        self._plans: dict[Hashable, Plan] = {}
         self._layout: Layout | None = None
         self._costs: Any = None
         self._counted: Counts | None = None
@@ -170,14 +170,18 @@ class Elastic:
 
     def _add_parameters(self) -> None:
         """Give the module the parameters that transforms need, where it lacks them."""
-        for site in self.space.sites:
-            for name, value in self._axis_of[site.name].parameters(site).items():
-                path, _, leaf = name.rpartition(".")
-                module = self.module.get_submodule(path)
-                if leaf not in module._parameters:
-                    like = next(module.parameters())
-                    parameter = nn.Parameter(value.to(like), like.requires_grad)
-                    module.register_parameter(leaf, parameter)
+        needed = [self._axis_of[site.name].parameters(site) for site in self.space.sites]
+        if self.sharing is not None:
+            needed.append(self.sharing.own(self.module))
+        for name, value in (item for each in needed for item in each.items()):
+            path, _, leaf = name.rpartition(".")
+            module = self.module.get_submodule(path)
+            if leaf not in module._parameters:
+                like = next(module.parameters())
+                parameter = nn.Parameter(value.to(like, copy=True), like.requires_grad)
+                module.register_parameter(leaf, parameter)
+                self._plans.clear()
+                self._layout = None
 
     # --- using it -------------------------------------------------------------------------
 
@@ -187,6 +191,25 @@ class Elastic:
 
     def __repr__(self) -> str:
         return f"Elastic({type(self.module).__name__}, {len(self.space.sites)} sites)"
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Which weights each size has; None where all slice the same ones."""
+        return next((axis for axis in self.axes if isinstance(axis, Sharing)), None)
+
+    def share(self, sharing: Sharing) -> None:
+        """Let sizes share fewer weights, in place of how they shared them so far.
+
+        The full network keeps the module's own weights, if the sharing says so; what the
+        sharing needs beside them is added to the module. Weights of the present sharing that
+        the new one has, too, stay as they are.
+
+        Args:
+            sharing: Which weights each size has, such as `Copies`.
+        """
+        self.axes = (*(a for a in self.axes if not isinstance(a, Sharing)), sharing)
+        self._add_parameters()
+        self.drop_statistics()
 
     @property
     def training(self) -> bool:
@@ -231,7 +254,7 @@ class Elastic:
                 self._active = None
 
     def _canonical(self, config: Config | Mapping[str, int]) -> Config:
-        if isinstance(config, Config) and config in self._plans:
+        if isinstance(config, Config) and self._weighed(config) in self._plans:
             return config  # plans are kept by canonical config
         return self.space.config(config)
 
@@ -387,6 +410,10 @@ class Elastic:
             SettingError: A site or rule does not exist, or a score has the wrong length.
         """
         refuse_sharded(self.module, "sort")
+        if self.sharing is not None:
+            raise SettingError(
+                "units can't be sorted once sizes have weights of their own; sort first"
+            )
         scores = self.importance(importance) if isinstance(importance, str) else importance
         order: dict[Atom, np.ndarray] = {}
         for name, score in scores.items():
@@ -448,6 +475,9 @@ class Elastic:
     def patch(self, config: Config) -> Patch:
         """Everything that a size changes."""
         patch = merge(self.patch_of(name, choice) for name, choice in config.items())
+        if self.sharing is not None:
+            weights = self.sharing.weights(config, self.module)
+            patch = dataclasses.replace(patch, weights=weights)
         if not patch.dropped:
             return patch
         counts = self.counts().without(patch.dropped)
@@ -478,15 +508,20 @@ class Elastic:
 
     def plan(self, config: Config) -> Plan:
         """The changes that a canonical config makes, worked out once."""
-        plan = self._plans.pop(config, None)
+        key = self._weighed(config)
+        plan = self._plans.pop(key, None)
         if plan is None:
             if self._layout is None:
                 self._layout = Layout(self.graph)
             plan = Plan(self.graph, self.patch(config), self._layout)
-        self._plans[config] = plan  # the last one is the one used last
+        self._plans[key] = plan  # the last one is the one used last
         if len(self._plans) > PLANS:
             self._plans.pop(next(iter(self._plans)), None)
         return plan
+
+    def _weighed(self, config: Config) -> Hashable:
+        """What decides about a plan: the config, and which weights it has."""
+        return config if self.sharing is None else (config, self.sharing.chosen(config))
 
     def on(self, model: nn.Module) -> Elastic:
         """The same sites on another module of the same structure (a copy, say)."""

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import InputTransform, Patch, Reshaped, parameters_of, without_added
+from supple.axes.base import (
+    InputTransform,
+    Patch,
+    Reshaped,
+    Transform,
+    parameters_of,
+    without_added,
+)
 from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
 from supple.graph.dims import Atom, Dim, atoms, find, positions
@@ -248,6 +255,7 @@ class Plan:
             or patch.dropped
             or patch.inputs
             or patch.downstream
+            or patch.weights
         )
         self._running, self._changed = self._changing_places()
         self._buffers = [p for p in (*self._running, *self._changed) if p.store == "_buffers"]
@@ -267,18 +275,24 @@ class Plan:
                 continue
             if place.owner in self._layout.running:
                 running.append(place)
-            elif place.owner in self._slices or place.owner in self._patch.tensors:
+            elif any(
+                place.owner in changes
+                for changes in (self._slices, self._patch.tensors, self._patch.weights)
+            ):
                 changed.append(place)
         return running, changed
 
     def sliced(self, name: str, tensor: Tensor) -> Tensor:
         """The sub-network's value of the tensor called `name`."""
+        tensor = self._transformed(self._patch.weights.get(name), tensor)
         if name in self._slices:
             tensor = self._slices[name](tensor)
-        change = self._patch.tensors.get(name)
-        if change is not None:
-            tensor = change(tensor, *map(self._parameter, parameters_of(change)))
-        return tensor
+        return self._transformed(self._patch.tensors.get(name), tensor)
+
+    def _transformed(self, change: Transform | None, tensor: Tensor) -> Tensor:
+        if change is None:
+            return tensor
+        return change(tensor, *map(self._parameter, parameters_of(change)))
 
     def _parameter(self, name: str) -> Tensor:
         module, store, attribute = self._layout.owners[name]

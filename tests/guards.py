@@ -212,7 +212,9 @@ class Guard:
 EVERYWHERE = ("supple", "reproductions", "benchmarks", "examples", "tests", "docs", "tools")
 
 GUARDS = (
-    Guard(hooks, ("supple/graph/record.py", "supple/calibrate.py")),
+    Guard(
+        hooks, ("supple/graph/record.py", "supple/calibrate.py", "supple/training/features.py")
+    ),
     Guard(backward, ("supple/training/step.py",)),
     Guard(optimizer_steps, ("supple/training/step.py",)),
     Guard(global_seeds, ("supple/training/seeds.py",)),

@@ -14,7 +14,7 @@ cost of its own. A new axis is one class:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -26,7 +26,7 @@ from supple.errors import SettingError
 from supple.graph.couple import Graph, Group
 from supple.graph.dims import Atom
 from supple.graph.integers import AttributeKey
-from supple.space import Site
+from supple.space import Config, Site
 
 __all__ = [
     "Axis",
@@ -36,6 +36,7 @@ __all__ = [
     "Learned",
     "Patch",
     "Reshaped",
+    "Sharing",
     "added",
     "below",
     "check_choices",
@@ -110,6 +111,8 @@ class Patch:
             costs count it, nothing is sliced to it.
         downstream: Whether sizes that nothing here names change, too (numbers of tokens or
             pixels); with `inputs` they always may.
+        weights: For a parameter name, a differentiable transform of its whole value, before
+            anything is sliced (`Sharing`).
     """
 
     sizes: Mapping[Atom, int] = field(default_factory=dict)
@@ -120,6 +123,7 @@ class Patch:
     inputs: Mapping[str, InputTransform] = field(default_factory=dict)
     resized: Mapping[Atom, int] = field(default_factory=dict)
     downstream: bool = False
+    weights: Mapping[str, Transform] = field(default_factory=dict)
 
     @property
     def structural(self) -> bool:
@@ -156,6 +160,7 @@ def merge(patches: Iterable[Patch]) -> Patch:
     dropped: set[str] = set()
     inputs: dict[str, InputTransform] = {}
     downstream = False
+    weights: dict[str, Transform] = {}
     for patch in patches:
         sizes.update(patch.sizes)
         resized.update(patch.resized)
@@ -164,11 +169,21 @@ def merge(patches: Iterable[Patch]) -> Patch:
         dropped.update(patch.dropped)
         for name, transform in patch.tensors.items():
             tensors[name] = _then(tensors.get(name), transform)
+        for name, transform in patch.weights.items():
+            weights[name] = _then(weights.get(name), transform)
         for path, change in patch.inputs.items():
             inputs[path] = _both(inputs[path], change) if path in inputs else change
         downstream = downstream or patch.downstream
     return Patch(
-        sizes, tensors, attributes, modules, frozenset(dropped), inputs, resized, downstream
+        sizes=sizes,
+        tensors=tensors,
+        attributes=attributes,
+        modules=modules,
+        dropped=frozenset(dropped),
+        inputs=inputs,
+        resized=resized,
+        downstream=downstream,
+        weights=weights,
     )
 
 
@@ -271,6 +286,40 @@ class Axis(ABC):
         An empty reason says that it is a site, whatever others say.
         """
         return {}
+
+
+class Sharing(Axis):
+    """Says which weights a size has: an axis without sites, whose patch depends on the size.
+
+    Without one, all sizes slice the same weights. `Elastic.share` puts one in place; a network
+    has at most one. What it adds to the model joins the optimizer when a method starts.
+    """
+
+    def sites(self, graph: Graph) -> Sequence[Site]:
+        return ()
+
+    def patch(self, site: Site, choice: int) -> Patch:
+        return Patch()
+
+    @abstractmethod
+    def own(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Parameters that the sizes' weights are made of, beside the model's, by full name.
+
+        They join the modules that the names say, where they are not there yet, with these
+        values. Their last names start with `supple_`. A buffer would not be trained; state
+        that is not trained belongs into the fields of this value.
+        """
+
+    @abstractmethod
+    def chosen(self, config: Config) -> Hashable:
+        """What, beside the config itself, decides about its weights; plans are kept by it."""
+
+    @abstractmethod
+    def weights(self, config: Config, model: nn.Module) -> Mapping[str, Transform]:
+        """For a parameter name, a transform of the model's whole value into this size's.
+
+        A `Learned` one is given the values of other parameters, those of `own` among them.
+        """
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from supple.axes.base import added
 from supple.errors import SettingError
 from supple.space import Config, IntArray, Randomness, Space, numpy_generator
 from supple.technique import Rule
 from supple.training.batches import Forward, Loss
 from supple.training.losses import Criterion, Labels
 from supple.training.schedule import Schedule
-from supple.training.step import Aggregation, Network, Pass, Sampler, SizesRun, StepOptions
+from supple.training.step import (
+    Aggregation,
+    Network,
+    Pass,
+    Sampler,
+    Seen,
+    SizesRun,
+    StepOptions,
+)
 
 __all__ = [
     "BandSampler",
@@ -90,6 +99,16 @@ class SupernetRule(Rule):
         """Suggests how the learning rate goes, for users who don't say; by default constant."""
         return None
 
+    def adapt(self, net: Network) -> None:
+        """Gives the network what the method needs beside its weights (`Elastic.share`).
+
+        `start` calls it, also before a run that resumes: doing it twice changes nothing more.
+        Parameters that it adds join the optimizer.
+
+        Args:
+            net: The network that is going to be trained.
+        """
+
     def prepare(self, net: Network) -> None:
         """Changes the weights before training from scratch, where the method asks for it.
 
@@ -131,6 +150,8 @@ class SupernetRule(Rule):
                 f"{type(net).__name__}; make one with supple.elastic(model, example_inputs)"
             )
         source = torch.Generator().manual_seed(0) if generator is None else generator
+        self.adapt(net)
+        _join(net.module, optimizer)
         return SizesRun(
             net,
             optimizer,
@@ -142,6 +163,17 @@ class SupernetRule(Rule):
             teachers=self.teachers(net),
             options=options,
         )
+
+
+def _join(module: nn.Module, optimizer: Optimizer) -> None:
+    """Puts parameters that were added after the optimizer was made into one of its groups."""
+    groups = optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        if added(name) and parameter.requires_grad and id(parameter) not in held:
+            decayed = parameter.dim() > 1
+            alike = [g for g in groups if any((p.dim() > 1) == decayed for p in g["params"])]
+            (alike or groups)[0]["params"].append(parameter)
 
 
 @dataclass(frozen=True)
@@ -451,9 +483,9 @@ class PhasedSampler(Sampler):
         self._now = self.phases[self._at(step, steps)[0]].sampler
         return self._now.sample(step, steps)
 
-    def observe(self, entry: Pass, loss: Tensor, net: Network | nn.Module) -> None:
+    def observe(self, seen: Seen) -> None:
         """Tells the present phase's sampler."""
-        self._now.observe(entry, loss, net)
+        self._now.observe(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Gives what the samplers have learned, and which phases were entered."""

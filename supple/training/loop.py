@@ -143,11 +143,12 @@ def train(
         made = make_optimizer(module, optimizer, lr=lr, weight_decay=weight_decay)
         if isinstance(method, Rule) and not _resumes(checkpoint):
             getattr(method, "prepare", lambda net: None)(net)
+        run = _start(net, made, method, loss, forward, generator(seed, "sizes"), options)
         session = Session(
             net=net,
-            run=_start(net, made, method, loss, forward, generator(seed, "sizes"), options),
+            run=run,
             optimizer=made,
-            data=data,
+            data=run.sampler.data(data) if isinstance(run, SizesRun) else data,
             total=total,
             seed=seed,
             history=History(),

@@ -41,6 +41,7 @@ __all__ = [
     "Network",
     "Pass",
     "Sampler",
+    "Seen",
     "SizesRun",
     "StepOptions",
     "WholeOnly",
@@ -96,6 +97,25 @@ class Pass:
     parts: int = 1
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a sampler is told of a pass.
+
+    Args:
+        entry: The pass.
+        loss: Its detached loss, before `weight`.
+        output: What the network gave.
+        batch: What the pass saw of the batch.
+        net: The network that trains.
+    """
+
+    entry: Pass
+    loss: Tensor
+    output: Any
+    batch: Any
+    net: Network | nn.Module
+
+
 class Sampler(ABC):
     """Proposes the passes of each step, and may learn from how they went.
 
@@ -132,15 +152,21 @@ class Sampler(ABC):
             steps: How many there will be, None where that is open.
         """
 
-    def observe(  # noqa: B027 - most samplers don't look
-        self, entry: Pass, loss: Tensor, net: Network | nn.Module
-    ) -> None:
+    def data(self, data: Any) -> Any:
+        """Gives the data that training reads: the user's, or the same in an order of its own.
+
+        `supple.train` calls it once, before the first step.
+
+        Args:
+            data: What the user gave.
+        """
+        return data
+
+    def observe(self, seen: Seen) -> None:  # noqa: B027 - most samplers don't look
         """Is told of each pass after its backward; gradients so far are in `.grad`.
 
         Args:
-            entry: The pass.
-            loss: Its detached loss, before `weight`.
-            net: The network that trains.
+            seen: What the pass was and how it went.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,6 +311,39 @@ class SizesRun:
         self.passes += len(ran)
         return _by_role(ran, values)
 
+    def gradients(self, entry: Pass, batch: Any) -> dict[str, Tensor]:
+        """Gives the gradient of one pass by itself, without a step.
+
+        Weights, gradients, random state of the sampler, and running statistics stay as they
+        are. Criteria that look at earlier passes find the teachers' outputs only.
+
+        Args:
+            entry: The pass.
+            batch: As the data gives it.
+
+        Returns:
+            Parameter name to gradient, of the shape of the full owner; parameters that the
+            pass does not reach are left out.
+        """
+        held = [owner.grad for owner in self._owners]
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        buffers = {name: b.clone() for name, b in self._module.named_buffers()}
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            part = split(batch, entry.parts)[entry.part]
+            with self._active(entry), self._autocast():
+                output = self._forward(self._module, part)
+                loss = self.criterion(entry, output, part, self._taught(part))
+                _check_loss(loss, entry)
+                (loss * entry.weight).backward()  # type: ignore[no-untyped-call]
+            return {names[id(p)]: p.grad for p in self._owners if p.grad is not None}
+        finally:
+            for owner, before in zip(self._owners, held, strict=True):
+                owner.grad = before
+            with torch.no_grad():
+                for name, buffer in self._module.named_buffers():
+                    buffer.copy_(buffers[name])
+
     def restart(self) -> None:
         """Forgets the optimizer's moments and the average, as if the run began here.
 
@@ -406,7 +465,7 @@ class SizesRun:
             (loss * (scale * entry.weight)).backward()  # type: ignore[no-untyped-call]
             if entry.role in self.criterion.teachers:
                 earlier.setdefault(entry.role, []).append(mapped(output, Tensor.detach))
-            self.sampler.observe(entry, loss.detach(), self.net)
+            self.sampler.observe(Seen(entry, loss.detach(), output, batch, self.net))
         return loss.detach().float()
 
     def _taught(self, batch: Any) -> dict[str, list[Any]]:

@@ -28,7 +28,7 @@ from supple.supernet.base import (
 from supple.testing import rules
 from supple.training.losses import Distillation, Labels
 from supple.training.schedule import Constant, Scaled
-from supple.training.step import Pass, Sampler, SizesRun, StepOptions, WholeOnly
+from supple.training.step import Pass, Sampler, Seen, SizesRun, StepOptions, WholeOnly
 from tests.training import stub
 
 
@@ -105,8 +105,8 @@ class Named(Sampler):
     def sample(self, step, steps):
         return [Pass(None, self.name)]
 
-    def observe(self, entry, loss, net):
-        self.memory.append(loss)
+    def observe(self, seen):
+        self.memory.append(seen.loss)
 
     def state_dict(self):
         return {"memory": list(self.memory)}
@@ -125,7 +125,7 @@ def test_phases_tell_and_keep_each_samplers_memory():
     a, b = Named("a"), Named("b")
     sampler = PhasedSampler([Phase(1, a), Phase(1, b)])
     for step, loss in enumerate([1.0, 2.0, 3.0, 4.0]):
-        sampler.observe(sampler.sample(step, 4)[0], loss, None)
+        sampler.observe(Seen(sampler.sample(step, 4)[0], loss, None, None, None))
     assert (a.memory, b.memory) == ([1.0, 2.0], [3.0, 4.0])
     other = PhasedSampler([Phase(1, Named("a")), Phase(1, Named("b"))])
     other.load_state_dict(sampler.state_dict())

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from supple.errors import SettingError, SuppleError
 from supple.training.losses import Distillation, Labels, soft_cross_entropy
-from supple.training.step import Pass, Sampler, SizesRun, StepOptions, WholeOnly
+from supple.training.step import Pass, Sampler, Seen, SizesRun, StepOptions, WholeOnly
 from tests.training import stub
 
 
@@ -28,8 +28,8 @@ class Fixed(Sampler):
 class Watcher(Fixed):
     """Remembers what it observed."""
 
-    def observe(self, entry: Pass, loss: Tensor, net: object) -> None:
-        seen.append((entry.role, loss.item(), net))
+    def observe(self, told: Seen) -> None:
+        seen.append((told.entry.role, told.loss.item(), told.net))
 
 
 seen: list[tuple[str, float, object]] = []
@@ -470,3 +470,23 @@ def test_the_sampler_may_begin_each_step():
     for batch in stub.vectors()[:2]:
         run.step(batch)
     assert begun == [(0, 7), (1, 7)]
+
+
+def test_gradients_of_one_pass_change_nothing():
+    net, batch = stub.mlp(), stub.vectors()[0]
+    entry = Pass(net.space.smallest(), "a", weight=2.0)
+    run = started(net, [entry])
+    first = next(net.module.parameters())
+    first.grad = torch.ones_like(first)
+    before = stub.weights(net.module)
+    found = run.gradients(entry, batch)
+    assert torch.equal(first.grad, torch.ones_like(first))
+    for name, value in stub.weights(net.module).items():
+        assert torch.equal(value, before[name])
+    run.optimizer.zero_grad()
+    with net.at(entry.config):
+        (2 * stub.loss(net.module(batch[0]), batch)).backward()
+    for name, p in net.module.named_parameters():
+        assert (name in found) == (p.grad is not None)
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad)
