@@ -207,9 +207,21 @@ class Elastic:
         Args:
             sharing: Which weights each size has, such as `Copies`.
         """
-        self.axes = (*(a for a in self.axes if not isinstance(a, Sharing)), sharing)
+        with self.sharing_all():
+            others = self.axes
+        self.axes = (*others, sharing)
         self._add_parameters()
         self.drop_statistics()
+
+    @contextmanager
+    def sharing_all(self) -> Iterator[None]:
+        """Lets all sizes slice the module's own weights, for the duration of the block."""
+        axes = self.axes
+        self.axes = tuple(axis for axis in axes if not isinstance(axis, Sharing))
+        try:
+            yield
+        finally:
+            self.axes = axes
 
     @property
     def training(self) -> bool:

@@ -48,7 +48,7 @@ class Copies(Sharing):
 
     name: ClassVar[str] = "copies"
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     copy: tuple[int, ...] = ()
     count: int = 0
 

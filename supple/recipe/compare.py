@@ -286,7 +286,7 @@ def _cut(bench: Bench, config: Config, weights: Path) -> dict[str, float]:
     net = bench.net
     net.drop_statistics()
     try:
-        with borrowed_weights(net.module, weights):
+        with borrowed_weights(net.module, weights), net.sharing_all():
             # The strongest cut without training: what matters most by weight stays.
             net.sort("l1")
             return bench.evaluate(config, bench.splits.test)

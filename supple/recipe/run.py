@@ -23,8 +23,7 @@ from supple.recipe.load import load_recipe
 from supple.recipe.schema import Recipe
 from supple.recipe.stage import Record, RunFolder
 from supple.recipe.summarise import summarise
-from supple.recipe.supernet import WEIGHTS, make_elastic, train_inputs, train_supernet
-from supple.recipe.weights import load_weights
+from supple.recipe.supernet import load_trained, make_elastic, train_inputs, train_supernet
 from supple.report.page import write_report
 from supple.report.summary import Summary
 from supple.report.words import seconds_text
@@ -184,7 +183,7 @@ def reopen(folder: Path, *, allow_code: bool = False) -> tuple[Bench, Front | No
     train = run.finished("train", train_inputs(bench, elastic))
     if train is None:
         raise RecipeError(f"{folder} holds no trained network; finish it with `supple run`")
-    load_weights(bench.net.module, train.folder / WEIGHTS)
+    load_trained(bench, train)
     searched = run.finished("search", search_inputs(bench, train), search_extent(bench))
     return bench, None if searched is None else front_of(searched)
 

@@ -82,6 +82,8 @@ class Train(Section):
         checkpoint_every: Optimizer steps between two checkpoints.
         freeze_inactive: Whether elements that no size of a step used stay as they are.
         tensorboard: Whether TensorBoard's files are written, too.
+        watch: Every so many steps, what each size's loss and gradient were like is noted for
+            the report; 0 for never.
     """
 
     technique: Chosen = Choice(key="supernet/bignas")
@@ -99,6 +101,7 @@ class Train(Section):
     checkpoint_every: Count = 200
     freeze_inactive: bool = False
     tensorboard: bool = False
+    watch: Whole = Field(default=20, ge=0)
 
     _technique = model_validator(mode="before")(_without_techniques)
 

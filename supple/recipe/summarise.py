@@ -59,6 +59,7 @@ def summarise(
         fixed=tuple((fixed.name, fixed.reason) for fixed in space.fixed),
         losses=_losses(history),
         validation=_validation(history),
+        watched=tuple(history.watched),
         points=tuple(
             Point(values=dict(point.values), on_front=point.config in on_front)
             for point in front.evaluated

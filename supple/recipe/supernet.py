@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import supple
+from supple import rebuild
+from supple.axes.base import Sharing
 from supple.errors import BudgetError
 from supple.files import read_json, write_json
 from supple.quantity import bound, show, unit_of
@@ -21,6 +23,7 @@ from supple.training.history import History
 __all__ = [
     "WEIGHTS",
     "history_of",
+    "load_trained",
     "make_elastic",
     "train_along",
     "train_inputs",
@@ -108,7 +111,7 @@ def train_inputs(bench: Bench, elastic: Record) -> dict[str, Any]:
     """What the training stage is computed from."""
     return {
         "elastic": elastic.digest,
-        "train": bench.recipe.train.model_dump(mode="json", exclude={"tensorboard"}),
+        "train": bench.recipe.train.model_dump(mode="json", exclude={"tensorboard", "watch"}),
         "metric": bench.metric,
         "recalibration_batches": bench.recipe.search.recalibration_batches,
     }
@@ -142,6 +145,7 @@ def train_supernet(
                 "steps": last["step"] + 1,
                 "passes": last["passes"],
                 "train_seconds": last["seconds"],
+                "axes": rebuild.axes_record(bench.net.axes),
             },
             (save_weights(bench.net.module, folder / WEIGHTS), folder / "history.json"),
         )
@@ -156,10 +160,27 @@ def train_supernet(
     )
     record = run.perform("train", inputs, work)
     if record.reused:
-        load_weights(bench.net.module, record.folder / WEIGHTS)
-        bench.net.drop_statistics()
+        load_trained(bench, record)
     shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
     return record
+
+
+def load_trained(bench: Bench, train: Record) -> None:
+    """Puts the weights of a finished training in place.
+
+    Args:
+        bench: The run's parts; afterwards its network has the trained weights, and its sizes
+            share them as the method left it.
+        train: The training stage's record.
+
+    Raises:
+        CheckpointError: The file is damaged, or belongs to another network.
+    """
+    for axis in rebuild.axes_from(train.result["axes"], bench.net.axes):
+        if isinstance(axis, Sharing):
+            bench.net.share(axis)
+    load_weights(bench.net.module, train.folder / WEIGHTS)
+    bench.net.drop_statistics()
 
 
 def train_along(bench: Bench, folder: Path) -> None:
@@ -194,6 +215,7 @@ def _train(bench: Bench, folder: Path, progress: bool) -> History:
         progress=progress,
         seed=bench.recipe.seed,
         freeze_inactive=train.freeze_inactive,
+        watch=train.watch,
         **training_settings(bench),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from supple.axes.base import added
 from supple.errors import CheckpointError
 from supple.files import read_tensors, write_tensors
 from supple.training.seeds import kept
@@ -36,6 +37,8 @@ def save_weights(module: nn.Module, path: Path) -> Path:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Puts the tensors of a file into a module of the same shapes, in place.
 
+    What axes have added to the module, and the file lacks, stays as it is.
+
     Args:
         module: The module.
         path: What `save_weights` wrote.
@@ -44,7 +47,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         CheckpointError: The file is damaged, or belongs to another network.
     """
     given, _ = read_tensors(path)
-    own = _tensors(module)
+    own = {n: t for n, t in _tensors(module).items() if n in given or not added(n)}
     for name in sorted(own.keys() ^ given.keys()):
         raise CheckpointError(f"{path} belongs to another network: {name} is on one side only")
     for name, tensor in own.items():

@@ -9,7 +9,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from supple import files
-from supple.report.plots import curves_figure, front_figure, svg_text, write_png
+from supple.report.plots import (
+    curves_figure,
+    front_figure,
+    sizes_figure,
+    svg_text,
+    write_png,
+)
 from supple.report.style import STYLE
 from supple.report.summary import Network, Outcome, Summary, summary_to_json
 from supple.report.words import (
@@ -90,6 +96,8 @@ def _pictures(summary: Summary) -> dict[str, Figure]:
         label="loss",
         smooth=max(1, longest // 40),
     )
+    if any(size["cost"] is not None for row in summary.watched for size in row["sizes"]):
+        pictures["sizes"] = sizes_figure(summary.watched)
     if summary.validation:
         pictures["validation"] = curves_figure(
             summary.validation, title="Validation by size", label=summary.metric

@@ -17,7 +17,7 @@ from supple import files
 from supple.report.summary import Network, Summary
 from supple.report.words import metric_text, value_text, way_text
 
-__all__ = ["curves_figure", "front_figure", "svg_text", "write_png"]
+__all__ = ["curves_figure", "front_figure", "sizes_figure", "svg_text", "write_png"]
 
 _COLORS = ("#2f5fd0", "#d9662b", "#2a9d76", "#9b5cc0", "#c43c5e", "#7a6a2f", "#4b5563")
 _GREY, _INK, _PALE = "#b6bdc9", "#1f2733", "#e6e9ef"
@@ -59,6 +59,46 @@ def curves_figure(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: metric_text(label, y)))
         if curves:
             axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def sizes_figure(watched: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws what sizes of different cost were like in training, early and late.
+
+    Args:
+        watched: Rows of `supple.training.watch`, in the order of the steps.
+
+    Returns:
+        The figure: loss and norm of the gradient against cost, for the first and the last third
+        of the rows (sizes that stay above the others are under-trained), and the cosine between
+        the gradients of the sizes of a step over the steps (below 0 they pull apart).
+    """
+    third = max(1, len(watched) // 3)
+    parts = {"first third": watched[:third], "last third": watched[-third:]}
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        for axes, kind, title in (
+            (left, "loss", "Loss by size"),
+            (middle, "norm", "Norm of the gradient by size"),
+        ):
+            _dress(axes, title, "share of the full network's MACs", kind)
+            for color, (name, rows) in zip((_GREY, _COLORS[0]), parts.items(), strict=True):
+                sizes = [s for row in rows for s in row["sizes"] if s["cost"] is not None]
+                costs, values = ([s[key] for s in sizes] for key in ("cost", kind))
+                axes.plot(costs, values, "o", color=color, ms=3, alpha=0.7, label=name)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+        left.legend(frameon=False, fontsize=8)
+        _dress(right, "Agreement of the gradients", "optimizer steps", "cosine of two sizes")
+        pairs = [(row["step"], cosine) for row in watched for *_, cosine in row["cosines"]]
+        means = [
+            (row["step"], float(np.mean([cosine for *_, cosine in row["cosines"]])))
+            for row in watched
+            if row["cosines"]
+        ]
+        right.plot(*_columns(pairs).T, "o", color=_GREY, ms=2.5, alpha=0.6)
+        right.plot(*_columns(means).T, color=_COLORS[0], lw=1.7)
+        right.axhline(0, color=_INK, lw=0.6)
     return figure
 
 
@@ -120,6 +160,11 @@ def write_png(figure: Figure, path: Path) -> Path:
 def _canvas(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
+    _dress(axes, title, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
@@ -128,7 +173,6 @@ def _canvas(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GREY)
     axes.tick_params(color=_GREY, labelcolor=_INK)
-    return figure, axes
 
 
 def _draw_points(axes: Axes, summary: Summary, cost: str) -> None:

@@ -88,6 +88,7 @@ class Summary:
         fixed: Rows `(name, reason)`.
         losses: Training loss by role, as lists of `(step, loss)`.
         validation: The metric on validation by size, as lists of `(step, value)`.
+        watched: What the sizes of some training steps were like (`supple.training.watch`).
         points: Evaluated networks.
         costs: Names of the searched costs; the first is the plot's axis.
         networks: The full network and the deployed ones.
@@ -106,6 +107,7 @@ class Summary:
     fixed: tuple[tuple[str, str], ...]
     losses: Mapping[str, tuple[tuple[float, float], ...]]
     validation: Mapping[str, tuple[tuple[float, float], ...]]
+    watched: tuple[Mapping[str, Any], ...]
     points: tuple[Point, ...]
     costs: tuple[str, ...]
     networks: tuple[Network, ...]
@@ -134,6 +136,7 @@ def summary_from_json(data: Mapping[str, Any]) -> Summary:
     plain: dict[str, Any] = {
         "sites": tuple((a, b, c) for a, b, c in data["sites"]),
         "fixed": tuple((a, b) for a, b in data["fixed"]),
+        "watched": tuple(data["watched"]),
         "points": tuple(Point(**item) for item in data["points"]),
         "costs": tuple(data["costs"]),
         "stages": tuple((a, b, c) for a, b, c in data["stages"]),

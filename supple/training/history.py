@@ -25,10 +25,13 @@ class History:
             role), `passes` (forward and backward passes so far) and `seconds` (of training so
             far, pauses between resumed runs apart).
         validation: One per epoch: `step` (how many were done), `epoch` and `metrics`.
+        watched: One per watched step, as `Watch.row` gives it: which sizes ran, and what their
+            losses and gradients were like.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    watched: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def roles(self) -> list[str]:
@@ -57,7 +60,11 @@ class History:
 
     def to_json(self) -> dict[str, Any]:
         """Gives what JSON can hold."""
-        return {"rows": list(self.rows), "validation": list(self.validation)}
+        return {
+            "rows": list(self.rows),
+            "validation": list(self.validation),
+            "watched": list(self.watched),
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -67,8 +74,9 @@ class History:
             CheckpointError: It isn't that.
         """
         try:
-            return cls(list(content["rows"]), list(content["validation"]))
-        except (KeyError, TypeError) as error:
+            watched = list(content.get("watched", []))
+            return cls(list(content["rows"]), list(content["validation"]), watched)
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"this is no training history: {error}") from error
 
 

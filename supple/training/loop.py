@@ -63,6 +63,7 @@ def train(
     progress: bool = True,
     seed: int = 0,
     freeze_inactive: bool = False,
+    watch: int = 0,
 ) -> History:
     """Trains an elastic network at many sizes, or any module alone.
 
@@ -107,6 +108,9 @@ def train(
         seed: Of everything random, an integer of at least 0.
         freeze_inactive: Whether weights that no size of a step used stay bitwise as they are,
             with their moments.
+        watch: Every so many steps, the loss and the gradient of each size enter the history,
+            to see which sizes are under-trained or in conflict; 0 for never. A watched step
+            keeps a copy of the gradient for each of its passes.
 
     Returns:
         What happened, step by step.
@@ -139,6 +143,7 @@ def train(
             ema=ema,
             schedule=schedule_of(schedule, warmup),
             steps=total,
+            watch=watch,
         )
         made = make_optimizer(module, optimizer, lr=lr, weight_decay=weight_decay)
         if isinstance(method, Rule) and not _resumes(checkpoint):

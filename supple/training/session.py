@@ -111,6 +111,9 @@ class Session:
     def _rest_of_epoch(self, display: Display) -> None:
         for batch in self._batches():
             losses = self.run.step(batch)
+            watched = getattr(self.run, "watched", None)
+            if watched is not None:
+                self.history.watched.append(watched)
             self.done += 1
             self.position += 1
             self.seconds = time.perf_counter() - self._began

@@ -35,6 +35,7 @@ from supple.training.losses import Criterion
 from supple.training.norms import without_dropout
 from supple.training.schedule import Schedule
 from supple.training.touched import Touched, frozen
+from supple.training.watch import Watch
 
 __all__ = [
     "Aggregation",
@@ -207,6 +208,8 @@ class StepOptions:
         schedule: Factor of the learning rate by `(step, steps)`; None keeps it constant.
         steps: How many steps there will be; None where that is open, and then there is no
             schedule.
+        watch: Every so many steps, `SizesRun.watched` says what each size was like (loss,
+            gradient, agreement with the others); 0 for never.
     """
 
     clip: float | None = None
@@ -215,8 +218,11 @@ class StepOptions:
     ema: float | None = None
     schedule: Schedule | None = None
     steps: int | None = None
+    watch: int = 0
 
     def __post_init__(self) -> None:
+        if self.watch < 0:
+            raise SettingError(f"watch must be at least 0, got {self.watch}")
         if self.clip is not None and not self.clip > 0:
             raise SettingError(f"clip must be above 0, got {self.clip}")
         _check_option("precision", self.precision, get_args(Precision))
@@ -264,6 +270,7 @@ class SizesRun:
         self.options = options or StepOptions()
         self.steps = 0
         self.passes = 0
+        self.watched: dict[str, Any] | None = None
         self._module = module_of(net)
         self._forward = forward or run_model
         self._aggregate = aggregate
@@ -302,9 +309,12 @@ class SizesRun:
         self._set_lr()
         self.optimizer.zero_grad(set_to_none=True)
         touched = self._counter()
-        ran, losses = self._run_all(entries, batch, touched)
+        every = self.options.watch
+        watch = Watch(self.net, self._owners) if every and self.steps % every == 0 else None
+        ran, losses = self._run_all(entries, batch, touched, watch)
         values: list[float] = torch.stack(losses).tolist()
         self._check_finite(ran, values)
+        self.watched = None if watch is None else watch.row(self.steps)
         self._finish_gradients(ran, touched)
         self._update(ran, touched)
         self.steps += 1
@@ -432,7 +442,7 @@ class SizesRun:
     # ------------------------------------------------------------------ passes
 
     def _run_all(
-        self, entries: list[Pass], batch: Any, touched: Touched | None
+        self, entries: list[Pass], batch: Any, touched: Touched | None, watch: Watch | None
     ) -> tuple[list[Pass], list[Tensor]]:
         parts = {count: split(batch, count) for count in {entry.parts for entry in entries}}
         # A last batch may have fewer examples than parts.
@@ -446,6 +456,8 @@ class SizesRun:
             if place not in seen:
                 seen[place] = self._taught(part)
             losses.append(self._run(entry, part, seen[place], scale, touched))
+            if watch is not None:
+                watch.saw(entry, losses[-1], scale * entry.weight)
         return entries, losses
 
     def _run(

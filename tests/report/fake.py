@@ -34,6 +34,24 @@ def fake_network(name: str, params: float, accuracy: float, baselines: bool = Tr
     )
 
 
+def watched(step: int) -> dict:
+    """What three sizes of a step are like."""
+    roles, left = ("largest", "random", "smallest"), math.exp(-step / 300)
+    return {
+        "step": step,
+        "sizes": [
+            {
+                "role": role,
+                "cost": 0.9**i * 0.5 ** (2 * i),
+                "loss": left + 0.1 * i,
+                "norm": left,
+            }
+            for i, role in enumerate(roles)
+        ],
+        "cosines": [[0, 1, 0.9 - left], [0, 2, 0.5 - left], [1, 2, 0.7]],
+    }
+
+
 def fake_summary() -> Summary:
     sizes = [2_000 * 1.35**i for i in range(14)]
     points = [
@@ -61,6 +79,7 @@ def fake_summary() -> Summary:
             for role, scale in (("largest", 2.3), ("random", 2.4), ("smallest", 2.6))
         },
         validation={"full": ((250, 0.9), (500, 0.96), (1000, 0.98))},
+        watched=tuple(watched(step) for step in range(0, 1000, 50)),
         points=tuple(points),
         costs=("params", "macs"),
         networks=(

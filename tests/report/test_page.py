@@ -80,7 +80,7 @@ def test_report_writes_the_page_the_figures_and_pictures(tmp_path):
     assert page.read_text().startswith("<!DOCTYPE html>")
     pictures = [path for path in others if path.suffix == ".png"]
     assert {path.stem for path in pictures} == {
-        "front-params", "front-macs", "losses", "validation"
+        "front-params", "front-macs", "losses", "sizes", "validation"
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 

@@ -2,7 +2,7 @@ import dataclasses
 
 import numpy as np
 
-from supple.report.plots import _front, _smoothed, curves_figure, front_figure
+from supple.report.plots import _front, _smoothed, curves_figure, front_figure, sizes_figure
 from tests.report.fake import fake_summary
 
 
@@ -43,6 +43,18 @@ def test_the_axis_follows_the_cost_asked_for():
     assert axes.get_xlabel() == "macs"
     marked = {float(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
     assert 66_000.0 in marked
+
+
+def test_sizes_are_drawn_early_and_late_with_their_agreement():
+    watched = fake_summary().watched
+    left, middle, right = sizes_figure(watched).axes
+    early, late = left.lines
+    third = len(watched) // 3
+    assert list(early.get_ydata()) == [s["loss"] for r in watched[:third] for s in r["sizes"]]
+    assert list(late.get_xdata()) == [s["cost"] for r in watched[-third:] for s in r["sizes"]]
+    assert list(middle.lines[1].get_ydata())[:1] == [watched[-third]["sizes"][0]["norm"]]
+    means = right.lines[1].get_ydata()
+    np.testing.assert_allclose(means[0], np.mean([c for *_, c in watched[0]["cosines"]]))
 
 
 def test_a_run_without_a_search_and_without_curves_can_be_drawn():
