@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from supple.axes.base import Axis, Patch, check_choices, choices_of, selected
 from supple.errors import SettingError
 from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
+from supple.graph.joins import Join, find_joins
 from supple.graph.repeats import Repeat
+from supple.layers.absent import Absent
 from supple.space import Site
 
 __all__ = ["Depth"]
@@ -23,12 +28,14 @@ class DepthSite(Site):
     """A site that leaves blocks of one stack out.
 
     With a `block` the site is that block (0 leaves it out, 1 keeps it); without, its choice is
-    the number of blocks that stay. With a `repeat` it is the number of calls of one module.
+    the number of blocks that stay. With a `repeat` it is the number of calls of one module,
+    with a `join` the number of blocks whose outputs are put side by side.
     """
 
     stack: Stack | None = field(default=None, compare=False, repr=False)
     block: int | None = field(default=None, compare=False, repr=False)
     repeat: Repeat | None = field(default=None, compare=False, repr=False)
+    join: Join | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,9 @@ class Depth(Axis):
             fractions (floats in (0, 1]) or counts (integers). None offers every count.
         pattern: Which blocks stay: the first ones (`prefix`), evenly spaced ones, the first
             and last among them (`even`), or any (`any`: each block is a site of its own).
+        joined: Whether blocks whose outputs are put side by side, for later layers to read
+            them all, can be left out, too: always the last ones, and what reads them loses the
+            parts that they made. (A detector whose neck takes certain blocks should keep them.)
         where: Only stacks whose container's path matches this shell-style pattern.
 
     Raises:
@@ -52,6 +62,7 @@ class Depth(Axis):
 
     choices: tuple[int | float, ...] | None = None
     pattern: str = "prefix"
+    joined: bool = False
     where: str | None = None
     name: ClassVar[str] = "depth"
 
@@ -75,7 +86,16 @@ class Depth(Axis):
         for repeat in graph.repeats:
             if selected(repeat.path, self.where):
                 sites.extend(self._of_repeat(repeat))
+        if self.joined:
+            joins = [join for join in find_joins(graph) if selected(join.container, self.where)]
+            sites.extend(site for join in joins for site in self._of_join(join))
         return sites
+
+    def fixed(self, graph: Graph) -> Mapping[str, str]:
+        if not self.joined:
+            return {}
+        joins = [join for join in find_joins(graph) if selected(join.container, self.where)]
+        return {block: "" for join in joins for block in join.blocks}
 
     def _of_repeat(self, repeat: Repeat) -> list[Site]:
         """All calls are of the same weights: whatever the pattern, the first ones stay."""
@@ -84,6 +104,12 @@ class Depth(Axis):
         name = f"{repeat.path}.calls"
         site = DepthSite(name, self.name, offered, repeat.count, repeat=repeat)
         return [site] if offered[1:] else []
+
+    def _of_join(self, join: Join) -> list[Site]:
+        full = len(join.blocks)
+        counts = choices_of(full, 1, self.choices, 1) if self.choices else range(1, full + 1)
+        site = DepthSite(f"{join.container}.depth", self.name, tuple(counts), full, join=join)
+        return [site] if len(counts) > 1 else []
 
     def _of_stack(self, stack: Stack, label: str) -> list[Site]:
         full = len(stack.blocks)
@@ -106,6 +132,8 @@ class Depth(Axis):
                 return Patch()
             # fewer operators run: costs record each number of calls
             return Patch(attributes={site.repeat.attribute: choice}, downstream=True)
+        if site.join is not None:
+            return _without(site.join, choice)
         assert site.stack is not None
         stack = site.stack
         if site.block is not None:
@@ -127,5 +155,33 @@ class Depth(Axis):
         assert isinstance(site, DepthSite)
         if site.repeat is not None:
             return (site.repeat.path,)
+        if site.join is not None:
+            return (site.join.container,)
         assert site.stack is not None
         return (site.stack.container,)
+
+
+def _without(join: Join, count: int) -> Patch:
+    """The first blocks stay; what reads them all loses the parts of the others."""
+    gone = join.blocks[count:]
+    kept = tuple(number for number, block in enumerate(join.parts) if block not in gone)
+    if not gone:
+        return Patch()
+    return Patch(
+        modules={block: Absent(join.dim) for block in gone},
+        tensors={name: _Parts(dim, len(join.parts), kept) for name, dim in join.readers},
+        downstream=True,
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Keeps some of the equal parts of a dimension."""
+
+    dim: int
+    count: int
+    kept: tuple[int, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        parts = tensor.chunk(self.count, self.dim)
+        return torch.cat([parts[number] for number in self.kept], self.dim)

@@ -19,7 +19,7 @@ from supple.graph.dims import same
 from supple.graph.record import Call, ModuleCall, Recording, Ref
 from supple.graph.rules import Propagation
 
-__all__ = ["Stack", "find_stacks", "obstacle", "residual_gains", "uses"]
+__all__ = ["JOINED", "Stack", "find_stacks", "obstacle", "residual_gains", "uses"]
 
 _CARRIES = frozenset(
     f"aten::{name}"
@@ -65,9 +65,9 @@ _CONTRACTS = frozenset(
 
 
 _JOINS = frozenset(("aten::cat", "aten::stack"))
-_JOINED = "its output is joined with those of other blocks"
+JOINED = "its output is joined with those of other blocks"
 _SHARED = "what it computes beside its output is used later"
-_RESIDUAL = (_JOINED, _SHARED)  # reasons worth telling even where no block can be left out
+_RESIDUAL = (JOINED, _SHARED)  # reasons worth telling even where no block can be left out
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _note_joined(
         together = [made[number] for number in numbers if number in made]
         if len(together) > 1:
             for position in together:
-                reasons[position] = _JOINED
+                reasons[position] = JOINED
 
 
 def uses(recording: Recording) -> dict[int, int]:
