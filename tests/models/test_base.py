@@ -16,14 +16,16 @@ ROOM = Path(supple.models.base.__file__).parent
 
 
 def test_every_file_is_a_key():
-    assert keys() == ["cifar-resnet", "digits-cnn", "mobilenet-v3", "vit"]
+    assert keys() == ["cifar-resnet", "digits-cnn", "mobilenet-v3", "tdnn", "vit"]
 
 
 @pytest.mark.parametrize("key", keys())
 def test_defaults_build_a_network_that_trains(key):
     net = build(key, classes=7)
-    size, channels = (8, 1) if key == "digits-cnn" else (32, 3)
-    net(torch.randn(3, channels, size, size)).square().sum().backward()
+    shape = {"digits-cnn": (1, 8, 8), "tdnn": (80, 11)}.get(key, (3, 32, 32))
+    outputs = net(torch.randn(3, *shape))
+    logits = outputs[0] if key == "tdnn" else outputs
+    logits.square().sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

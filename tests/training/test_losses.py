@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supple.errors import SettingError
-from supple.training.losses import Distillation, learnable, logits_of, soft_cross_entropy
+from supple.training.losses import (
+    Distillation,
+    angular_margin,
+    learnable,
+    logits_of,
+    soft_cross_entropy,
+)
 
 
 def random(*shape: int) -> Tensor:
@@ -118,3 +125,36 @@ def test_outputs_without_logits_are_refused(output):
 def test_settings_are_checked(settings):
     with pytest.raises(SettingError, match=next(iter(settings))):
         Distillation(lambda output, batch: output, **settings)
+
+
+def test_the_right_class_must_be_nearer_by_an_angle():
+    angles = torch.tensor([[0.5, 1.0, 2.0], [1.2, 3.1, 0.3]])
+    moved = torch.tensor([[0.7, 1.0, 2.0], [1.2, 3.1, 0.5]])
+    expected = F.cross_entropy(7 * moved.cos(), torch.tensor([0, 2]))
+    labels = torch.tensor([0, 2])
+    torch.testing.assert_close(
+        angular_margin(angles.cos(), labels, margin=0.2, scale=7.0), expected
+    )
+
+
+def test_at_the_opposite_side_the_margin_still_pushes():
+    angles = torch.tensor([[2.8, 0.1], [3.1, 0.1]], requires_grad=True)
+    labels = torch.tensor([0, 0])
+    losses = [
+        angular_margin(angles[i : i + 1].cos(), labels[:1], margin=0.5).item() for i in (0, 1)
+    ]
+    assert losses[1] > losses[0]
+    expected = F.cross_entropy(
+        30 * torch.tensor([[math.cos(3.1) - 0.5 * math.sin(0.5), math.cos(0.1)]]), labels[:1]
+    )
+    torch.testing.assert_close(torch.tensor(losses[1]), expected)
+    exact = torch.ones(1, 2, requires_grad=True)
+    angular_margin(exact, labels[:1]).backward()
+    assert exact.grad is not None
+    assert exact.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"margin": -0.1}, {"scale": 0.0}])
+def test_settings_of_the_margin_are_checked(settings):
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        angular_margin(torch.zeros(1, 2), torch.tensor([0]), **settings)
