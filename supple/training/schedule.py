@@ -15,6 +15,7 @@ from supple.errors import SettingError, nearest
 __all__ = [
     "Constant",
     "Cosine",
+    "Cyclic",
     "Exponential",
     "Scaled",
     "Schedule",
@@ -54,6 +55,43 @@ class Cosine:
     def __call__(self, step: int, steps: int) -> float:
         """Gives the factor of a step."""
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@dataclass(frozen=True)
+class Cyclic:
+    """Triangles from a floor up to a peak and down again, each half as high as the last.
+
+    Args:
+        cycles: How many there are in a run, at least 1.
+        floor: The lowest factor, in [0, 1].
+        decay: The height of a triangle relative to the one before, in (0, 1].
+
+    Example:
+        >>> [Cyclic(cycles=2, floor=0.0)(step, 8) for step in range(8)]
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.25, 0.5, 0.25]
+
+    Source:
+        Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
+    """
+
+    cycles: int = 4
+    floor: float = 1e-5
+    decay: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_fraction("floor", self.floor)
+        _check_fraction("decay", self.decay)
+        if self.cycles < 1 or not self.decay:
+            raise SettingError(
+                f"cycles must be at least 1 and decay above 0, got {self.cycles} and "
+                f"{self.decay}"
+            )
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Gives the factor of a step."""
+        cycle, place = divmod(step * self.cycles / steps, 1)
+        height = float(self.decay**cycle) * (1 - abs(2 * place - 1))
+        return self.floor + (1 - self.floor) * height
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from supple.axes.width import Width
 from supple.errors import SettingError
 from supple.network import Elastic, elastic
 from supple.space import Site, Space
-from supple.supernet.once_for_all import PAPER, OnceForAll, Shrink, within
+from supple.supernet._shrinking import within
+from supple.supernet.once_for_all import PAPER, OnceForAll, Shrink
 from supple.training.loop import train
 from supple.training.step import SizesRun, StepOptions
 from tests.graph.checks import shake

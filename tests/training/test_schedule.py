@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from supple.errors import SettingError
-from supple.training.schedule import Constant, Cosine, Exponential, WarmUp, schedule_of
+from supple.training.schedule import Constant, Cosine, Cyclic, Exponential, WarmUp, schedule_of
 
 
 def test_exponential_decay_is_geometric_and_stops_at_its_floor():
@@ -52,3 +52,16 @@ def test_names_and_functions_are_schedules():
 def test_settings_are_checked(make, message):
     with pytest.raises(SettingError, match=message):
         make()
+
+
+@pytest.mark.parametrize("settings", [{"cycles": 0}, {"decay": 0.0}, {"floor": 1.5}])
+def test_settings_of_cycles_are_checked(settings):
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        Cyclic(**settings)
+
+
+def test_cycles_peak_in_their_middle_and_end_at_the_floor():
+    schedule = Cyclic(cycles=3, floor=0.1, decay=0.2)
+    peaks = [schedule(step, 60) for step in (10, 30, 50)]
+    assert peaks == pytest.approx([1.0, 0.1 + 0.9 * 0.2, 0.1 + 0.9 * 0.04])
+    assert [schedule(step, 60) for step in (0, 20, 40)] == pytest.approx([0.1] * 3)
