@@ -199,6 +199,16 @@ class Rule(Technique):
 
     kind: ClassVar[str] = "rule"
 
+    @classmethod
+    def toy(cls) -> nn.Module | None:
+        """Gives a small model that conformance is checked with.
+
+        Returns:
+            A model from (N, 5) to (N, 3), with always the same weights, which is made elastic
+            in all ways that it can be; None where an elastic width will do.
+        """
+        return None
+
     @abstractmethod
     def start(self, net: Any, optimizer: Any, *args: Any, **kwargs: Any) -> RuleRun:
         """Begins training.

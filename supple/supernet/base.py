@@ -21,7 +21,7 @@ from supple.axes.base import added
 from supple.errors import SettingError
 from supple.space import Config, IntArray, Randomness, Space, numpy_generator
 from supple.technique import Rule
-from supple.training.batches import Forward, Loss
+from supple.training.batches import Forward, Loss, run_model
 from supple.training.losses import Criterion, Labels
 from supple.training.schedule import Schedule
 from supple.training.step import (
@@ -83,6 +83,18 @@ class SupernetRule(Rule):
             The criterion of one run.
         """
         return Labels(loss)
+
+    def forward(self, net: Network, forward: Forward) -> Forward:
+        """Says how the network runs on a batch; by default as the user says.
+
+        Args:
+            net: The network that is going to be trained.
+            forward: The user's `forward(model, batch) -> output`, or the default.
+
+        Returns:
+            What runs in each pass; losses and criteria get what it returns.
+        """
+        return forward
 
     def teachers(self, net: Network) -> Mapping[str, nn.Module]:
         """Gives frozen networks whose outputs criteria look at, by role; by default none.
@@ -157,7 +169,7 @@ class SupernetRule(Rule):
             optimizer,
             self.sampler(net.space, source),
             self.criterion(loss),
-            forward=forward,
+            forward=self.forward(net, forward or run_model),
             aggregate=self.aggregate,
             generator=source,
             teachers=self.teachers(net),

@@ -32,7 +32,7 @@ __all__ = ["CHECKS", "network"]
 
 def check_rule_learns(technique: Rule) -> None:
     """Training lowers the loss at the smallest and at the largest size, and stays finite."""
-    net = network()
+    net = network(technique)
     sizes = (net.space.smallest(), net.space.largest())
     before = [_loss_at(net, size) for size in sizes]
     batches = _batches() * 5
@@ -47,7 +47,7 @@ def check_rule_learns(technique: Rule) -> None:
 
 def check_rule_leaves_the_network_whole(technique: Rule) -> None:
     """Steps, also such that raise, leave the owners in place and the module at full size."""
-    net = network()
+    net = network(technique)
     owners = dict(net.module.named_parameters())
     shapes = {name: owner.shape for name, owner in owners.items()}
     run = _start(technique, net)
@@ -71,7 +71,7 @@ def check_rule_repeats(technique: Rule) -> None:
     """The same generator gives the same weights, and global random state is untouched."""
     weights = []
     for _ in range(2):
-        net = network()
+        net = network(technique)
         with global_random_untouched():
             run = _start(technique, net)
             for batch in _batches():
@@ -82,7 +82,7 @@ def check_rule_repeats(technique: Rule) -> None:
 
 def check_rule_resumes(technique: Rule) -> None:
     """A run that goes on from its state gives bitwise the weights of one that never stopped."""
-    whole, parted = network(), network()
+    whole, parted = network(technique), network(technique)
     run = _start(technique, whole)
     for batch in _batches():
         run.step(batch)
@@ -100,9 +100,12 @@ def check_rule_resumes(technique: Rule) -> None:
     assert_same(whole.module, copied(parted.module), "the resumed run went another way")
 
 
-def network() -> Elastic:
+def network(technique: Rule | None = None) -> Elastic:
     """Gives a small elastic network in training mode; also learns the operators' rules."""
     x = torch.randn(2, 5, generator=generator())
+    toy = None if technique is None else technique.toy()
+    if toy is not None:
+        return elastic(toy.train(), (x,), verify=False)
     return elastic(mlp().train(), (x,), axes=[Width((0.5, 1.0))], verify=False)
 
 
