@@ -61,6 +61,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         text += "\n" + published(found["overhead_published"])
     if "core" in found:
         text += "\n" + core(found["core"])
+    if "nb_mini" in found:
+        text += "\n" + nb_mini(found["nb_mini"])
     return text
 
 
@@ -146,6 +148,22 @@ def core(result: dict[str, Any]) -> str:
     for layers, row in result["growth"].items():
         text += f"| {layers} | {row['seconds']:.2f} | {row['seconds'] / int(layers):.3f} |\n"
     return text
+
+
+def nb_mini(result: dict[str, Any]) -> str:
+    """Gives the text on `benchmarks.nb_mini`."""
+    rows = result["sizes"]
+    means = [sum(row["accuracies"]) / len(row["accuracies"]) for row in rows]
+    taus = [f"{result[key]:.2f}" for key in ("seed_to_seed_tau", "cost_tau")]
+    return (
+        "## Sizes trained alone\n\n"
+        f"{_source(result, [])}\n\n{len(rows)} sizes of one elastic network on digits, each "
+        f"trained alone from scratch with {len(result['seeds'])} seeds, judge what supernets "
+        f"and predictors say of them. The dearest costs {result['cost_ratio']:.0f} times the "
+        f"cheapest; accuracies go from {100 * min(means):.1f} to {100 * max(means):.1f} %. "
+        f"Kendall's tau is {taus[0]} between trainings with two seeds, which is what can be "
+        f"hoped for, and {taus[1]} between cost and mean accuracy.\n"
+    )
 
 
 def _source(result: dict[str, Any], rows: Any) -> str:
