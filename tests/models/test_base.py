@@ -22,6 +22,7 @@ def test_every_file_is_a_key():
         "mobilenet-v3",
         "pooling-cnn",
         "tdnn",
+        "var",
         "vit",
     ]
 
@@ -30,7 +31,8 @@ def test_every_file_is_a_key():
 def test_defaults_build_a_network_that_trains(key):
     net = build(key, classes=7)
     shape = {"digits-cnn": (1, 8, 8), "tdnn": (80, 11)}.get(key, (3, 32, 32))
-    outputs = net(torch.randn(3, *shape))
+    tokens = (torch.randint(16, (3, 85)), torch.arange(3))
+    outputs = net(*tokens) if key == "var" else net(torch.randn(3, *shape))
     logits = outputs[0] if key == "tdnn" else outputs
     logits.square().sum().backward()
     for name, parameter in net.named_parameters():
