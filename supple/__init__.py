@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from supple.axes.patch_size import PatchSize
     from supple.axes.rank import Rank
     from supple.axes.resolution import Resolution
+    from supple.axes.scale_depth import ScaleDepth
     from supple.axes.tokens import Tokens
     from supple.axes.width import Width
     from supple.cost.measure import measure
@@ -47,6 +48,7 @@ __all__ = [
     "PatchSize",
     "Rank",
     "Resolution",
+    "ScaleDepth",
     "Space",
     "Tokens",
     "Width",
@@ -75,6 +77,7 @@ _HOME = {
     "Experts": "supple.axes.experts",
     "Kernel": "supple.axes.kernel",
     "Resolution": "supple.axes.resolution",
+    "ScaleDepth": "supple.axes.scale_depth",
     "Space": "supple.space",
     "Width": "supple.axes.width",
     "elastic": "supple.network",
