@@ -505,6 +505,10 @@ class Elastic:
         """What one choice at one site changes."""
         return self._patch(self.space.site(name), choice)
 
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """Paths of the modules that a site concerns; an empty tuple is the whole network."""
+        return self._axis_of[name].paths(self.space.site(name))
+
     def _patch(self, site: Site, choice: int) -> Patch:
         return self._axis_of[site.name].patch_of(site, choice)
 

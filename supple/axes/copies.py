@@ -12,7 +12,7 @@ from supple.axes.base import Learned, Sharing, Transform, added
 from supple.errors import SettingError
 from supple.space import Config
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "copied"]
 
 Part = Mapping[str, tuple[int, ...]]
 
@@ -68,7 +68,7 @@ class Copies(Sharing):
 
     def own(self, model: nn.Module) -> dict[str, Tensor]:
         return {
-            _copied(name, number): value.detach()
+            copied(name, number): value.detach()
             for name, value in model.named_parameters()
             if not added(name)
             for number in range(1, self.count)
@@ -86,15 +86,21 @@ class Copies(Sharing):
         if not number:
             return {}
         return {
-            name: Learned(_other, (_copied(name, number),))
+            name: Learned(_other, (copied(name, number),))
             for name, _ in model.named_parameters()
             if not added(name)
         }
 
 
-def _copied(name: str, number: int) -> str:
+def copied(name: str, number: int) -> str:
+    """Gives the full name under which a copy holds a parameter of the module.
+
+    Example:
+        >>> copied("stem.weight", 2), copied("stem.weight", 0)
+        ('stem.supple_copy_2_weight', 'stem.weight')
+    """
     path, dot, leaf = name.rpartition(".")
-    return f"{path}{dot}supple_copy_{number}_{leaf}"
+    return f"{path}{dot}supple_copy_{number}_{leaf}" if number else name
 
 
 def _other(own: Tensor, copy: Tensor) -> Tensor:

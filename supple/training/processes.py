@@ -27,6 +27,7 @@ from supple.training.norms import running_statistics
 
 __all__ = [
     "agree",
+    "average",
     "average_buffers",
     "average_gradients",
     "barrier",
@@ -188,6 +189,24 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = None
 
 
+def average(tensors: Sequence[Tensor]) -> None:
+    """Gives every rank the mean over ranks of what each of them saw, in place.
+
+    Args:
+        tensors: The same shapes on all ranks.
+
+    Raises:
+        RankError: Another rank has failed, is elsewhere or is gone.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return
+    agree(f"the mean of {len(tensors)} tensors")
+    _sum_all(tensors)
+    for tensor in tensors:
+        tensor.div_(ranks)
+
+
 def average_buffers(module: nn.Module) -> None:
     """Makes buffers equal on all ranks: running statistics their mean, others rank 0's.
 
@@ -197,14 +216,10 @@ def average_buffers(module: nn.Module) -> None:
     Raises:
         RankError: Another rank has failed, is elsewhere or is gone.
     """
-    ranks = world_size()
-    if ranks == 1:
+    if world_size() == 1:
         return
-    agree("the mean of running statistics")
     statistics = list(running_statistics(module).values())
-    _sum_all(statistics)
-    for buffer in statistics:
-        buffer.div_(ranks)
+    average(statistics)
     averaged = {id(buffer) for buffer in statistics}
     with _reaching():
         for buffer in module.buffers():

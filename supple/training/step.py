@@ -271,6 +271,7 @@ class SizesRun:
         self.steps = 0
         self.passes = 0
         self.watched: dict[str, Any] | None = None
+        self.batch: Any = None  # the present step's, for samplers that look ahead in `begin`
         self._module = module_of(net)
         self._forward = forward or run_model
         self._aggregate = aggregate
@@ -302,6 +303,7 @@ class SizesRun:
             SettingError: A loss is no scalar that depends on the weights.
             RankError: Another rank has failed, is gone, or has sampled other sizes.
         """
+        self.batch = batch
         self.sampler.begin(self)
         entries = list(self.sampler.sample(self.steps, self.options.steps))
         if not entries:
