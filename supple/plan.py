@@ -68,6 +68,14 @@ def _dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.is_contiguous()
 
 
+def _compact(tensor: Tensor) -> Tensor:
+    """The same values, without gaps where kernels would close these in each forward.
+
+    Convolutions do, products of matrices don't.
+    """
+    return tensor.contiguous() if tensor.dim() > 3 else tensor
+
+
 def slice_of(dims: list[Dim], sizes: Mapping[Atom, int], device: torch.device) -> Slice:
     """The slice of a tensor with these dimensions when its atoms have these sizes."""
     steps = ((number, _remaining(dim, sizes, device)) for number, dim in enumerate(dims))
@@ -367,7 +375,7 @@ class Plan:
             for place in self._changed:
                 value = made.get(place.owner)
                 if value is None:
-                    value = self.sliced(place.owner, gathered(place.tensor))
+                    value = _compact(self.sliced(place.owner, gathered(place.tensor)))
                     made[place.owner] = value
                 undo.put(vars(place.module), place.attribute, value)
         self._shadow_lists(undo)

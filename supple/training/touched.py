@@ -8,13 +8,13 @@ slices it uses the elements inside the slice, whether their gradient happens to 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from supple.axes.base import added
 from supple.training.seeds import generator
 
 __all__ = ["Touched", "frozen"]
@@ -127,26 +127,28 @@ def _masks(module: nn.Module) -> dict[nn.Parameter, Tensor]:
     An active tensor hides its owner under the same name in the module. How it was cut out does
     not matter: what it reads is where its gradient goes.
     """
-    slices: dict[nn.Parameter, list[Tensor]] = defaultdict(list)
+    active: list[Tensor] = []
+    owners: dict[nn.Parameter, None] = {}
     whole: set[nn.Parameter] = set()
     for part in module.modules():
         for name, owner in part._parameters.items():
-            active = part.__dict__.get(name)
             if owner is None or not owner.requires_grad:
                 continue
-            if isinstance(active, Tensor) and active.requires_grad and active is not owner:
-                slices[owner].append(active)
-            else:
+            owners[owner] = None
+            value = part.__dict__.get(name)
+            if isinstance(value, Tensor) and value.requires_grad and value is not owner:
+                active.append(value)
+            elif not added(name):  # what axes added is read by active tensors only
                 whole.add(owner)
+    cut = [owner for owner in owners if owner not in whole]
+    if not active or not cut:
+        return {}
     draws = generator(0, "touched")
-    masks: dict[nn.Parameter, Tensor] = {}
-    for owner, tensors in slices.items():
-        if owner in whole:
-            continue
-        # Random positive weights, so that an active tensor that mixes elements can't cancel.
-        weights = [
-            (torch.rand(t.shape, generator=draws) + 0.5).to(t.device, t.dtype) for t in tensors
-        ]
-        (reads,) = torch.autograd.grad(tensors, [owner], weights, retain_graph=True)
-        masks[owner] = reads != 0
-    return masks
+    # Random positive weights, so that an active tensor that mixes elements can't cancel.
+    weights = [
+        (torch.rand(t.shape, generator=draws) + 0.5).to(t.device, t.dtype) for t in active
+    ]
+    reads = torch.autograd.grad(active, cut, weights, retain_graph=True, allow_unused=True)
+    return {
+        owner: read != 0 for owner, read in zip(cut, reads, strict=True) if read is not None
+    }

@@ -12,6 +12,7 @@ import supple
 from supple.axes.copies import Copies
 from supple.axes.width import Width
 from supple.errors import SettingError
+from supple.training.touched import Touched
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 LARGE, SMALL = {"0": 8}, {"0": 4}
@@ -97,3 +98,16 @@ def test_units_are_sorted_before(net):
 def test_numbers_of_copies_are_checked(copies):
     with pytest.raises(SettingError, match="copy must name"):
         Copies(({"0": (8,)}, {"0": (4,)}), copies, 2)
+
+
+def test_elements_are_counted_in_the_copy_that_a_pass_used(net):
+    touched = Touched(list(net.module.parameters()))
+    with net.at(SMALL), touched.counting(net.module):
+        net(X).sum().backward()
+    with net.at(LARGE), touched.counting(net.module):
+        net(X).sum().backward()
+    own, copied = net.module[0].weight, net.module[0].supple_copy_1_weight
+    assert touched.unused(own) is None
+    unused = touched.unused(copied)
+    assert unused[4:].all()
+    assert not unused[:4].any()
