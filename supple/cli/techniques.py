@@ -30,28 +30,31 @@ def techniques(
         typer.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("key", "kind", "title", "paper", "status", "seconds"):
-        table.add_column(name, justify="right" if name == "seconds" else "left")
+    table.add_column("key", no_wrap=True)
+    table.add_column("title", no_wrap=True, overflow="ellipsis")
+    table.add_column("paper", no_wrap=True)
+    table.add_column("status", no_wrap=True)
     for row in rows:
-        seconds = "" if row["reproduction"] is None else f"{row['reproduction']['seconds']:.0f}"
-        table.add_row(
-            *(str(row[name]) for name in ("key", "kind", "title", "paper", "status")), seconds
-        )
+        table.add_row(*(row[column.header] for column in table.columns))
     Console().print(table)
 
 
 @plain_errors
 def reproduce(
     key: Annotated[
-        str | None, typer.Argument(help="A technique's key; all of them without one.")
+        str | None,
+        typer.Argument(help="A technique's key; without one, all that are stale or not tried."),
     ] = None,
 ) -> None:
     """Run the reproduction of a paper's claim again. Exit code 1 where one does not hold."""
-    from supple.testing.reproduce import reproductions, run_reproduction, verdict
+    from supple.testing.reproduce import reproductions, run_reproduction, status, verdict
 
     console = Console()
     results: list[dict[str, Any]] = []
-    for each in [key] if key is not None else reproductions():
+    wanted = [k for k in reproductions() if status(k) in ("stale", "not tried")]
+    if key is None and not wanted:
+        console.print("all results are up to date; name a key to run its reproduction again")
+    for each in [key] if key is not None else wanted:
         console.print(f"[bold]{each}[/bold]", highlight=False)
         tell = _indented(console)
         results.append(run_reproduction(each, tell=tell))
