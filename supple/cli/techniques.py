@@ -30,13 +30,15 @@ def techniques(
         typer.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("key", no_wrap=True)
-    table.add_column("title", no_wrap=True, overflow="ellipsis")
-    table.add_column("paper", no_wrap=True)
-    table.add_column("status", no_wrap=True)
+    names, console = ("key", "title", "paper", "status"), Console()
+    widths = {name: max((len(row[name]) for row in rows), default=0) for name in names}
+    left = console.width - sum(widths.values()) + widths["title"] - 3 * len(names)
+    for name in names:
+        widest = max(8, left) if name == "title" else max(len(name), widths[name])
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=widest)
     for row in rows:
-        table.add_row(*(row[column.header] for column in table.columns))
-    Console().print(table)
+        table.add_row(*(row[name] for name in names))
+    console.print(table)
 
 
 @plain_errors
