@@ -94,7 +94,7 @@ class ControllableMultitask(SupernetRule):
         return SandwichSampler(space, generator, self.random, regularise_all=True)
 
     def criterion(self, loss: Loss) -> Criterion:
-        return Invariance(loss, self.invariance)
+        return Invariance(loss, self.invariance, self.features)
 
     def start(
         self,
@@ -126,11 +126,13 @@ class Invariance:
     Args:
         loss: `loss(output, batch) -> scalar`.
         weight: Of the distance, at least 0.
+        features: Paths of the modules that give the representation.
         teacher: The role whose representation the others are drawn to; it must come first.
     """
 
     loss: Loss
     weight: float
+    features: tuple[str, ...]
     teacher: str = "largest"
     teachers: frozenset[str] = field(init=False)
 
@@ -141,6 +143,8 @@ class Invariance:
     def __call__(self, entry: Pass, output: Features, batch: Any, earlier: Earlier) -> Tensor:
         """Gives the scalar to minimise."""
         total = self.loss(output.output, batch)
+        if entry.role == self.teacher:
+            self._check(output)
         if entry.role == self.teacher or not self.weight:
             return total
         if not earlier.get(self.teacher):
@@ -150,7 +154,16 @@ class Invariance:
             )
         target: Features = earlier[self.teacher][-1]
         each = [distance(own, target.features[path]) for path, own in output.features.items()]
+        # A size may leave out all the blocks that give a representation.
         return total + self.weight * torch.stack(each).mean() if each else total
+
+    def _check(self, output: Features) -> None:
+        missing = [path for path in self.features if path not in output.features]
+        if missing:
+            raise SettingError(
+                f"features names '{missing[0]}', which gave nothing in the largest size's "
+                "forward: a list of modules is not called itself; name a module in it"
+            )
 
 
 def distance(own: Tensor, target: Tensor) -> Tensor:

@@ -114,13 +114,17 @@ def test_narrow_representations_are_mapped_by_least_squares_at_every_position():
     mix = torch.randn(3, 2, generator=source)
     target = torch.einsum("oc,nct->not", mix, own.detach())
     assert distance(own, target).item() < 1e-5
-    other = torch.randn(5, 3, 11, generator=source)
-    flat, goal = own.detach().movedim(1, 2).flatten(0, 1), other.movedim(1, 2).flatten(0, 1)
+    other = torch.randn(5, 3, 11, generator=source).requires_grad_()
+    flat, goal = (
+        own.detach().movedim(1, 2).flatten(0, 1),
+        other.detach().movedim(1, 2).flatten(0, 1),
+    )
     fitted = (flat @ torch.linalg.lstsq(flat, goal).solution).reshape(5, 11, 3).movedim(2, 1)
     found = distance(own, other)
     assert found.item() == pytest.approx(by_hand(fitted, other).item(), rel=1e-2)
     found.backward()
     assert own.grad.isfinite().all()
+    assert other.grad is None
 
 
 def test_dead_representations_have_finite_gradients():
@@ -132,6 +136,22 @@ def test_dead_representations_have_finite_gradients():
 def test_other_sizes_must_agree():
     with pytest.raises(SettingError, match="second dimension only"):
         distance(torch.ones(2, 3, 5), torch.ones(2, 3, 7))
+
+
+def test_modules_that_are_never_called_give_no_representation():
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(5, 8), nn.Linear(8, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](self.layers[0](x).relu())
+
+    net = supple.elastic(Listed(), torch.randn(2, 5), verify=False)
+    optimizer = torch.optim.SGD(net.module.parameters(), lr=0.1)
+    run = ControllableMultitask(features=("layers",)).start(net, optimizer, loss=stub.loss)
+    with pytest.raises(SettingError, match="'layers', which gave nothing"):
+        run.step(stub.vectors()[0])
 
 
 # ------------------------------------------------------------------------- sizes by preference
