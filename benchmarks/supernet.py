@@ -374,6 +374,7 @@ def main(words: list[str]) -> None:
             except SuppleError as error:
                 row = {"failed": str(error)}
             figures["cells"][f"{task}/{method}/{seed}"] = row | {"code": code_of(task, method)}
+            figures["tables"] = {name: summary(figures, name) for name in figures["macs"]}
             write_json(RESULT, figures)
             scores = " ".join(shown(task, value) for value in row.get("scores", ()))
             print(f"{task} {method} {seed}: {scores or row['failed']}", flush=True)

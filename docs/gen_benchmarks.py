@@ -32,6 +32,16 @@ blocks may go. `once-for-all` is the network of the package of that name with it
 against its own `get_active_subnet`, with a fixed kernel and with the elastic one.
 """
 
+SUPERNET = """## Ways to train one network for every size
+
+All methods train the same network with the same data, optimizer and number of forward and
+backward passes. Five sizes of a nested chain are scored on the test set. *Alone* trains each of
+them by itself with a quarter of the passes: as many steps as a method with four passes per step
+makes; its passes are those of all five. `cifar`: a MobileNetV3-like network from scratch on
+10,000 CIFAR-10 images of 16 x 16 pixels. `llama`: a pretrained Llama of 5.5 M parameters,
+fine-tuned on WikiText; perplexity per token, lower is better. Seconds are of one core.
+"""
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the page.
@@ -61,6 +71,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         text += "\n" + published(found["overhead_published"])
     if "core" in found:
         text += "\n" + core(found["core"])
+    if "supernet" in found:
+        text += "\n" + supernet(found["supernet"])
     if "nb_mini" in found:
         text += "\n" + nb_mini(found["nb_mini"])
     return text
@@ -147,6 +159,32 @@ def core(result: dict[str, Any]) -> str:
     text += "\n| layers of the same decoder | seconds | seconds a layer |\n|---|---|---|\n"
     for layers, row in result["growth"].items():
         text += f"| {layers} | {row['seconds']:.2f} | {row['seconds'] / int(layers):.3f} |\n"
+    return text
+
+
+def supernet(result: dict[str, Any]) -> str:
+    """Gives the tables and pictures of `benchmarks.supernet`."""
+    text = SUPERNET + f"\n`{result['command']}` on {result['device']}.\n"
+    for task, rows in sorted(result["tables"].items()):
+        percent = task == "cifar"
+        macs = " | ".join(f"{value / 1e6:.2f} M" for value in result["macs"][task])
+        text += (
+            f"\n### {task}: {'accuracy in %' if percent else 'perplexity'} by MACs\n\n"
+            f"| method | {macs} | mean | passes | seconds | seeds |\n"
+            f"|{'---|' * (len(result['macs'][task]) + 5)}\n"
+        )
+        for row in rows:
+            scale = 100 if percent else 1
+            cells = [
+                f"{scale * mean:.1f}" + (f" ± {scale * spread:.1f}" if row["seeds"] > 1 else "")
+                for mean, spread in zip(row["scores"], row["spread"], strict=True)
+            ]
+            mean = scale * sum(row["scores"]) / len(row["scores"])
+            text += (
+                f"| {row['method']} | {' | '.join(cells)} | {mean:.1f} | {row['passes']:,} | "
+                f"{row['seconds']:.0f} | {row['seeds']} |\n"
+            )
+        text += f"\n![{task}](images/supernet-{task}.png)\n"
     return text
 
 
