@@ -165,12 +165,12 @@ class Codes(nn.Module):
 
 def _k_means(samples: Tensor, count: int, rounds: int) -> Tensor:
     ordered = samples.sort().values
-    steps = (torch.arange(count) + 0.5) / count * len(ordered)
-    values = ordered[steps.long()]
+    quantiles = (torch.arange(count, device=samples.device) + 0.5) / count
+    values = ordered[(quantiles * len(ordered)).long()]
     for _ in range(rounds):
         nearest = (samples[:, None] - values).abs().argmin(1)
-        totals = torch.zeros(count).index_add_(0, nearest, samples)
-        members = torch.zeros(count).index_add_(0, nearest, torch.ones_like(samples))
+        totals = torch.zeros_like(values).index_add_(0, nearest, samples)
+        members = torch.zeros_like(values).index_add_(0, nearest, torch.ones_like(samples))
         values = torch.where(members > 0, totals / members.clamp(min=1), values)
     return values.sort().values
 
