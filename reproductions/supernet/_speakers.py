@@ -4,7 +4,7 @@ A recording is a second at 8 kHz: six sounds drawn from eight that all speakers 
 resonator (an all-pole filter) driven by harmonics of a pitch and some breath. A speaker moves
 the resonances of all sounds by a factor, has two resonances of his own, a slope of the
 spectrum and a mean pitch. Each recording has a pitch of its own around that, another channel
-(slope and ripple of the spectrum) and noise, so that neither pitch nor mean spectrum are enough.
+(slope and ripple of the spectrum) and noise, so that neither pitch nor mean spectrum suffice.
 Features are logarithms of 24 bands, mel-spaced, of 50 frames.
 """
 

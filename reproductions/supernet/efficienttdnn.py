@@ -5,25 +5,25 @@ widths; one random path a step, no distillation), sub-networks that were never t
 need no training of their own; and the inner channels of a block must be cut inside each group
 of its Res2 layer.
 
-Arms: a network of 29,000 parameters for synthetic speakers (`_speakers.py`) with three blocks of
-dilations 2 to 4 and four groups, kernels of 1 to 5 with learned transforms, 1 to 3 blocks, and
-five widths at twelve places: 7 x 10^13 sizes, a factor of 35 in multiplications. It is trained
-on 1,200 recordings of 40 speakers with the margin loss (0.2, scale 30) and Adam, 400 steps of
-32 recordings. Each of the five phases has 80 steps and one triangle of the learning rate. Eight
-sub-networks are drawn once at random; at most 400 of all sizes are ever trained. Their
-statistics are recalibrated on 20 batches. Each of the eight is also trained alone, from weights
-of its own, with as many steps and one triangle. A third network is trained just like the first,
-but its inner widths are cut as a prefix of all channels, so that the groups of small sizes are
-made of other channels than those of large ones. Switched off, the idea is training with
-everything enabled from the first step on.
+Arms: a network of 29,000 parameters for synthetic speakers (`_speakers.py`), with three blocks
+of dilations 2 to 4 and four groups, kernels of 1 to 5 with learned transforms, 1 to 3 blocks,
+and five widths at twelve places: 7 x 10^13 sizes, a factor of 35 in multiplications. It is
+trained on 1,200 recordings of 40 speakers with the margin loss (0.2, scale 30) and Adam, 400
+steps of 32 recordings. Each of the five phases has 80 steps and one triangle of the learning
+rate. Eight sub-networks are drawn once at random; at most 400 of all sizes are ever trained.
+Their statistics are recalibrated on 20 batches. Each of the eight is also trained alone, from
+weights of its own, with as many steps and one triangle. A third network is trained just like
+the first, but its inner widths are cut as a prefix of all channels, so that the groups of
+small sizes are made of other channels than those of large ones. Switched off, the idea is
+training with everything enabled from the first step on.
 
-Errors are equal error rates over all pairs of 480 recordings of 40 other speakers. Each arm has
-the best of three learning rates on 20 further speakers, on a seed of its own (the networks
+Errors are equal error rates over all pairs of 480 recordings of 40 other speakers. Each arm
+has the best of three learning rates on 20 further speakers, on a seed of its own (the networks
 trained alone have one rate, that of the cheapest and the dearest together): `tune()` found the
 `CHOSEN` ones beforehand.
 
-Thresholds, as in the catalogue and set before the first run: even the worst of the eight errs at
-most 1.3 times as often as alone; the mean error is less than with a prefix (0).
+Thresholds, as in the catalogue and set before the first run: even the worst of the eight errs
+at most 1.3 times as often as alone; the mean error is less than with a prefix (0).
 """
 
 from __future__ import annotations
