@@ -118,13 +118,15 @@ class _GradientSampler(Sampler):
     def __init__(self, method: PaDa, space: Space, generator: torch.Generator) -> None:
         self.method, self.space, self.generator = method, space, generator
         self._scores = {site.name: [0.0] * len(site.choices) for site in space.sites}
-        self._run_by: dict[str, list[list[str]]] | None = None
+        self._concerned: dict[str, list[str]] | None = None
         self._strength = 0.0
         self._data: _Weighted | None = None
 
     def begin(self, run: SizesRun) -> None:
-        if self._run_by is None and self.method.paths:
-            self._run_by = {site.name: _parameters(run.net, site) for site in self.space.sites}
+        if self._concerned is None and self.method.paths:
+            self._concerned = {
+                site.name: _concerned(run.net, site) for site in self.space.sites
+            }
 
     def sample(self, step: int, steps: int | None) -> list[Pass]:
         self._strength = self._strength_at(step, steps)
@@ -169,12 +171,12 @@ class _GradientSampler(Sampler):
             self._data.observe(seen)
 
     def _observe_choices(self, seen: Seen) -> None:
-        assert self._run_by is not None, "a run begins each step before it samples"
+        assert self._concerned is not None, "a run begins each step before it samples"
         assert seen.entry.config is not None, "every pass of this sampler has a size"
         norms = _norms(seen)
         for name, choice in seen.entry.config.items():
             index = self.space.site(name).choices.index(choice)
-            new = sum(norms.get(each, 0.0) for each in self._run_by[name][index])
+            new = sum(norms.get(each, 0.0) for each in self._concerned[name])
             self._scores[name][index] = averaged(self._scores[name][index], new)
 
     def _strength_at(self, step: int, steps: int | None) -> float:
@@ -309,16 +311,15 @@ def _norms(seen: Seen) -> dict[str, float]:
     return dict(zip((name for name, _ in graded), torch.stack(norms).tolist(), strict=True))
 
 
-def _parameters(net: Any, site: Site) -> list[list[str]]:
-    """For each choice of a site, the parameters that run because of it.
+def _concerned(net: Any, site: Site) -> list[str]:
+    """The parameters that some choice of a site slices, transforms, drops or replaces.
 
-    They are those that some choice of the site slices, transforms, drops or replaces, less
-    those that do not run with this one.
+    Those among them that do not run with a choice have no gradient then.
     """
     names = [name for name, _ in net.module.named_parameters()]
-    patches = [net.patch_of(site.name, choice) for choice in site.choices]
     concerned = set()
-    for patch in patches:
+    for choice in site.choices:
+        patch = net.patch_of(site.name, choice)
         sized = {*patch.sizes, *patch.resized}
         concerned |= {
             name
@@ -330,7 +331,4 @@ def _parameters(net: Any, site: Site) -> list[list[str]]:
         concerned |= {
             name for name in names if any(name.startswith(f"{block}.") for block in blocks)
         }
-    return [
-        [n for n in names if n in concerned and patch.runs(n.rpartition(".")[0])]
-        for patch in patches
-    ]
+    return [name for name in names if name in concerned]

@@ -117,7 +117,7 @@ def test_choices_are_drawn_by_their_scores_as_the_run_goes_on():
     sampler.generator.manual_seed(0)
     shares = []
     for step in (0, 50, 99):
-        drawn = [sampler.sample(step, 100)[0].config for _ in range(2000)]
+        drawn = [sampler.sample(step, 100)[0].config for _ in range(800)]
         shares.append(
             (
                 np.mean([config["wide.0"] == 4 for config in drawn]),
@@ -127,7 +127,7 @@ def test_choices_are_drawn_by_their_scores_as_the_run_goes_on():
         )
     # 0.8 is the most that the floor allows: 0.8 * 3/4 + 0.2 / 2 and 0.8 + 0.2 / 2.
     expected = [(0.5, 0.5, 0.5), (0.625, 0.75, 0.5), (0.7, 0.9, 0.5)]
-    np.testing.assert_allclose(shares, expected, atol=0.04)
+    np.testing.assert_allclose(shares, expected, atol=0.06)
 
 
 def test_examples_are_scored_by_softmax_less_one_hot():
@@ -163,11 +163,18 @@ def test_an_epoch_draws_examples_by_their_scores_with_replacement():
     assert len(order.unique()) < 1500
     again = [batch[0] for batch in reordered.epoch(1, seed=0, start=3)]
     assert all(torch.equal(a, b) for a, b in zip(first[3:], again, strict=True))
+    run.step(next(iter(reordered.epoch(1, seed=0))))
+    changed = (reordered.state_dict()["scores"] != known["scores"]).nonzero().flatten()
+    read = {tuple(row) for row in first[0].tolist()}
+    assert {tuple(row) for row in data.source.tensors[0][changed].tolist()} == read
     list(reordered.epoch(2, seed=0))
     assert not torch.equal(order, reordered.state_dict()["order"])
 
 
-def test_a_run_resumes_bitwise_in_the_middle_of_an_epoch(tmp_path):
+@pytest.mark.parametrize("every", [12, 14])
+def test_a_run_resumes_bitwise_at_the_end_and_in_the_middle_of_an_epoch(tmp_path, every):
+    method = PaDa(floor=0.0, strength=1.0 if every == 14 else None)
+
     class StoppedError(Exception):
         pass
 
@@ -182,23 +189,23 @@ def test_a_run_resumes_bitwise_in_the_middle_of_an_epoch(tmp_path):
 
         train(
             net,
-            examples(),
+            examples(count=60),
             loss,
-            method=PaDa(),
-            steps=17,
+            method=method,
+            steps=24,
+            lr=0.1,
             checkpoint=folder,
             checkpoint_every=every,
             progress=False,
         )
         return stub.weights(net.module), seen
 
-    whole, read = trained(tmp_path / "whole", every=8)
+    whole, read = trained(tmp_path / "whole", every=every)
     with pytest.raises(StoppedError):
-        trained(tmp_path / "parted", stop=11, every=8)
-    resumed, rest = trained(tmp_path / "parted", every=8)
-    assert len(rest) == 9  # from step 8 on: the fourth batch of the second epoch
-    assert all(torch.equal(a, b) for a, b in zip(read[8:], rest, strict=True))
-    assert len({tuple(x[0].tolist()) for x in read[5:10]}) <= 5
+        trained(tmp_path / "parted", stop=17, every=every)
+    resumed, rest = trained(tmp_path / "parted", every=every)
+    assert len(rest) == 24 - every  # the second epoch begins at step 12
+    assert all(torch.equal(a, b) for a, b in zip(read[every:], rest, strict=True))
     assert stub.equal(whole, resumed)
 
 
