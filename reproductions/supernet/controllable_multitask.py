@@ -61,7 +61,7 @@ LEVELS = (0.25, 0.5, 0.75, 1.0)
 PREFERENCES = (0.1, 0.3, 0.5, 0.7, 0.9)
 DECODERS = {"digit": "digit", "ink": "ink"}
 RATES = (3e-3, 1e-2, 3e-2)
-CHOSEN = {"on": 1e-2, "off": 1e-2, "weights": 1e-2}
+CHOSEN = {"on": 3e-2, "off": 3e-2, "weights": 3e-2}
 TUNING_SEED = 1000
 
 ON = ControllableMultitask()
