@@ -137,6 +137,6 @@ def test_a_million_configs_a_second() -> None:
     net = elastic(build("mobilenet-v3"), (torch.randn(1, 3, 32, 32),), verify=False)
     rows = net.space.random_many(1_000_000, 0)
     net.costs(rows[:10])
-    start = time.perf_counter()
+    start = time.process_time()
     net.costs(rows)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
