@@ -28,6 +28,7 @@ from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
 from supple.graph.dims import Atom, Dim, atoms, find, positions
 from supple.graph.integers import AttributeKey
+from supple.graph.joins import shortened
 from supple.sharded import gathered, refuse_sharded
 
 __all__ = ["Layout", "Plan", "Slice"]
@@ -135,6 +136,7 @@ class Layout:
         owners: Where every parameter and buffer is, under every name.
         places: The same, each place once.
         running: Names of the running statistics of normalization layers.
+        stacks: Runs of blocks that can be shortened, also those whose outputs are joined.
         lists: Modules that keep their own parameters, or weak references to them, in lists
             (recurrent layers do), with the lists' names.
     """
@@ -145,6 +147,7 @@ class Layout:
         self.owners = _owners(graph.model)
         self.places = self._places()
         self.running = _running_names(self.modules)
+        self.stacks = shortened(graph)
         self.lists = _lists_of_parameters(self.modules.values())
         self._alike = self._alike_owners()
         self._memo: dict[tuple[int, torch.device, tuple[int, ...]], int | Tensor | None] = {}
@@ -253,7 +256,7 @@ class Plan:
         self._attributes = {**graph.sizes.attributes(patch.sizes), **patch.attributes}
         self._slices = self._layout.slices(patch.sizes)
         self._short = [
-            s for s in graph.stacks if any(s.path(b) in patch.dropped for b in s.blocks)
+            s for s in self._layout.stacks if any(s.path(b) in patch.dropped for b in s.blocks)
         ]
         self.is_full = not (
             self._slices

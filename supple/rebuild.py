@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from supple.axes.base import Axis, Patch, added, merge, without_added
 from supple.errors import CheckpointError, SettingError
 from supple.graph.blocks import Stack
+from supple.graph.joins import shortened
 from supple.models import base as models
 from supple.plan import per_layer_lists, positional_attributes, with_changed_inputs
 from supple.space import Config, Site
@@ -274,7 +275,7 @@ def note_extraction(net: Elastic, config: Config, module: nn.Module) -> nn.Modul
     step = {
         "step": "extract",
         "config": dict(config),
-        "kept": _kept(net.graph.stacks, patch),
+        "kept": _kept(shortened(net.graph), patch),
         "attributes": [[k.module, list(k.chain), k.index, v] for k, v in attributes.items()],
         "inputs": _special(net, config, inputs=True),
         "modules": _special(net, config, inputs=False),

@@ -15,7 +15,6 @@ from supple.graph.blocks import Stack
 from supple.graph.couple import Graph
 from supple.graph.joins import Join, find_joins
 from supple.graph.repeats import Repeat
-from supple.layers.absent import Absent
 from supple.space import Site
 
 __all__ = ["Depth"]
@@ -87,15 +86,19 @@ class Depth(Axis):
             if selected(repeat.path, self.where):
                 sites.extend(self._of_repeat(repeat))
         if self.joined:
-            joins = [join for join in find_joins(graph) if selected(join.container, self.where)]
+            joins = [
+                join for join in find_joins(graph) if selected(join.stack.container, self.where)
+            ]
             sites.extend(site for join in joins for site in self._of_join(join))
         return sites
 
     def fixed(self, graph: Graph) -> Mapping[str, str]:
         if not self.joined:
             return {}
-        joins = [join for join in find_joins(graph) if selected(join.container, self.where)]
-        return {block: "" for join in joins for block in join.blocks}
+        joins = [
+            join for join in find_joins(graph) if selected(join.stack.container, self.where)
+        ]
+        return {join.stack.path(b): "" for join in joins for b in join.stack.blocks}
 
     def _of_repeat(self, repeat: Repeat) -> list[Site]:
         """All calls are of the same weights: whatever the pattern, the first ones stay."""
@@ -106,9 +109,11 @@ class Depth(Axis):
         return [site] if offered[1:] else []
 
     def _of_join(self, join: Join) -> list[Site]:
-        full = len(join.blocks)
+        full = len(join.stack.blocks)
         counts = choices_of(full, 1, self.choices, 1) if self.choices else range(1, full + 1)
-        site = DepthSite(f"{join.container}.depth", self.name, tuple(counts), full, join=join)
+        site = DepthSite(
+            f"{join.stack.container}.depth", self.name, tuple(counts), full, join=join
+        )
         return [site] if len(counts) > 1 else []
 
     def _of_stack(self, stack: Stack, label: str) -> list[Site]:
@@ -156,21 +161,21 @@ class Depth(Axis):
         if site.repeat is not None:
             return (site.repeat.path,)
         if site.join is not None:
-            return (site.join.container,)
+            return (site.join.stack.container,)
         assert site.stack is not None
         return (site.stack.container,)
 
 
 def _without(join: Join, count: int) -> Patch:
     """The first blocks stay; what reads them all loses the parts of the others."""
-    gone = join.blocks[count:]
+    gone = frozenset(join.stack.path(block) for block in join.stack.blocks[count:])
     kept = tuple(number for number, block in enumerate(join.parts) if block not in gone)
     if not gone:
         return Patch()
     return Patch(
-        modules={block: Absent(join.dim) for block in gone},
+        dropped=gone,
         tensors={name: _Parts(dim, len(join.parts), kept) for name, dim in join.readers},
-        downstream=True,
+        downstream=True,  # what is joined is narrower: costs record each number of blocks
     )
 
 

@@ -1,7 +1,7 @@
 """Residual blocks whose outputs are put side by side: a network without some is narrower there.
 
 What reads the joined outputs has a part for each block. A block can be left out together with
-its parts: an empty output stands in its place, so that no code of the network needs to know.
+its parts, where the network's code goes through the container and joins whatever it got.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from supple.graph.blocks import JOINED
+from supple.graph.blocks import JOINED, Stack
 from supple.graph.couple import Graph
 from supple.graph.dims import find, same
 from supple.graph.record import Call
 from supple.graph.rules import argument
 
-__all__ = ["Join", "find_joins"]
+__all__ = ["Join", "find_joins", "shortened"]
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,13 @@ class Join:
     """Blocks of one container, each of whose outputs is one of equal parts of a dimension.
 
     Attributes:
-        container: Path of the `nn.ModuleList` or `nn.Sequential`.
-        blocks: Paths of the blocks, in the order in which they run.
-        dim: The dimension along which their outputs are joined.
+        stack: The blocks.
         parts: For each part of the joined dimension the block that makes it; empty for what
             another place of the network makes.
         readers: Parameters and buffers that have the joined dimension, with its number.
     """
 
-    container: str
-    blocks: tuple[str, ...]
-    dim: int
+    stack: Stack
     parts: tuple[str, ...]
     readers: tuple[tuple[str, int], ...]
 
@@ -57,6 +53,11 @@ def find_joins(graph: Graph) -> list[Join]:
     return [join for join in found if join is not None]
 
 
+def shortened(graph: Graph) -> list[Stack]:
+    """Gives all runs of blocks that sizes may shorten: residual ones, joined or not."""
+    return [*graph.stacks, *(join.stack for join in find_joins(graph))]
+
+
 def _join(graph: Graph, container: str, blocks: list[str]) -> Join | None:
     made = {c.outputs[0].id: c.path for c in graph.recording.modules if c.path in blocks}
     calls = list(_joining(graph, made))
@@ -75,9 +76,10 @@ def _join(graph: Graph, container: str, blocks: list[str]) -> Join | None:
     )
     if not readers or not all(same(part, parts[0]) for part in parts):
         return None
-    order = tuple(path for path in made.values())
+    places = tuple(sorted(int(path.rpartition(".")[2]) for path in blocks))
+    length = len(graph.model.get_submodule(container))  # type: ignore[arg-type]
     sources = tuple(made.get(ref.id, "") for ref in call.inputs)
-    return Join(container, order, dim, sources, readers)
+    return Join(Stack(container, length, places, 1), sources, readers)
 
 
 def _joining(graph: Graph, made: dict[int, str]) -> Iterator[Call]:

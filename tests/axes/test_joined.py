@@ -8,6 +8,8 @@ from torch import nn
 
 import supple
 from supple.errors import UnsupportedModelError
+from supple.models.base import build
+from supple.storage import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:the running statistics of this size")
 
@@ -88,3 +90,15 @@ def test_blocks_that_are_joined_twice_stay():
 def test_fixed_choices_leave_nothing_to_vary():
     with pytest.raises(UnsupportedModelError):
         supple.elastic(Joined(), torch.randn(2, 2, 11), axes=[supple.Depth((3,), joined=True)])
+
+
+def test_a_network_cut_out_is_built_again_from_its_files(tmp_path):
+    model = build(
+        "tdnn", features=7, channels=8, blocks=2, scale=4, joint=8, embedding=3
+    ).eval()
+    x = torch.randn(2, 7, 11)
+    net = supple.elastic(model, x, axes=[supple.Depth(joined=True)], verify=False)
+    small = net.extract(net.space.smallest())
+    assert len(small.blocks) == 1
+    save(small, tmp_path / "small")
+    torch.testing.assert_close(supple.load(tmp_path / "small")(x), small(x))
