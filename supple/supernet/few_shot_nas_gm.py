@@ -183,6 +183,12 @@ class SplittingSampler(Sampler):
             {site: d.clone() for site, d in each.items()} for each in state["distances"]
         ]
 
+    def resumed(self, run: SizesRun) -> None:
+        """Lets the sub-supernets have their weights again."""
+        if self.leaves:
+            assert isinstance(run.net, Elastic)
+            self._share(run.net)
+
     # ------------------------------------------------------------------ the tree
 
     def _go_on(self, net: Elastic) -> None:

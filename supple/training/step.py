@@ -132,6 +132,13 @@ class Sampler(ABC):
                 `keep_teacher` are for this.
         """
 
+    def resumed(self, run: SizesRun) -> None:  # noqa: B027 - most have nothing in the network
+        """Is called after `load_state_dict`: puts into the network what belongs there.
+
+        Args:
+            run: The run that goes on.
+        """
+
     def rate(self, step: int, steps: int | None) -> float | None:
         """Gives the learning rate of a step relative to the run's, on top of its schedule.
 
@@ -440,6 +447,7 @@ class SizesRun:
                 for name, tensor in _tensors_of(self._teachers[role]).items():
                     tensor.copy_(saved[name])
             self._kept.add(role)
+        self.sampler.resumed(self)
 
     # ------------------------------------------------------------------ passes
 
