@@ -506,10 +506,9 @@ class _Masks:
         others = {name: each for name, each in config.items() if name not in self._units}
         masks: dict[str, list[tuple[int, Tensor]]] = {}
         for name, members in self._units.items():
-            if name in config:
-                kept = _prefix(net.space.site(name), drawn[self._site_of[name]])
-                for member, dim, units in members:
-                    masks.setdefault(member, []).append((dim, kept[units]))
+            kept = _prefix(net.space.site(name), drawn[self._site_of[name]])
+            for member, dim, units in members:
+                masks.setdefault(member, []).append((dim, kept[units]))
         tensors = {
             name: _Masked(tuple(masks.get(name, ())))
             for name, _ in net.module.named_parameters()
