@@ -4,19 +4,24 @@ Claim of the paper: a Llama that is fine-tuned at several depths in each step (S
 at its middle layers than one that is fine-tuned as usual and then given exits there, and as
 good at its full depth.
 
-Arms: a small Llama (6 layers, 5.5 M parameters) that was pretrained as usual, on tiny
-Shakespeare in blocks of 64 tokens, batch size 4, `STEPS` steps of AdamW with a cosine. SoFT
-trains depths 3 to 6 in each step. Ordinary fine-tuning (SFT) makes as many steps on the same
-batches; then its first 3 layers are frozen and an exit behind them, with a norm and a head of
-its own, is trained for as many steps again. So the baseline has seen every token twice, and
-has 1 M parameters that SoFT's shared head has not. Each arm has the best of three learning
-rates by validation loss on a seed of its own: `tune()` found the `CHOSEN` ones beforehand.
-Seeds give the order of the batches. The text was part of the pretraining, for all arms alike:
-figures on its last tenth are comparable, and better than they would be on a text never seen.
+Arms: a small Llama (6 layers, 5.5 M parameters) that was pretrained as usual, on the last
+twentieth of the Brown corpus, which it has not seen: 80 % of it to train, a tenth to choose by
+and a tenth to report on, in blocks of 64 tokens, batch size 4, `STEPS` steps of AdamW with a
+cosine. SoFT trains depths 3 to 6 in each step. Ordinary fine-tuning (SFT) makes as many steps
+on the same batches; then its first 3 layers are frozen and an exit behind them, with a norm and
+a head of its own, is trained for as many steps again. So the baseline has seen every token
+twice, and has 1 M parameters that SoFT's shared head has not. Each arm has the best of three
+learning rates by validation loss on a seed of its own (SoFT by the sum at half and full depth):
+`tune()` found the `CHOSEN` ones beforehand. Seeds give the order of the batches.
 
 Thresholds: at half depth any gain beyond the spread over seeds (the catalogue asks for less
 than the baseline's perplexity); at full depth at most 2 % more perplexity than SFT, which is
 0.0198 nats.
+
+History: the catalogue names tiny Shakespeare, which turned out to be part of this Llama's
+pretraining: fine-tuning on it with any of the rates made its held-out tenth worse (3.487 nats
+before, 3.496 at best), so that the lowest rate won. Hence a text that it has not seen; the
+thresholds are the same.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from supple.axes.depth import Depth
-from supple.data.base import Dataset, Splits, load
+from supple.data.base import Dataset, Splits, TensorSource, split
+from supple.data.text import blocks
 from supple.network import Elastic, elastic
 from supple.space import Space
 from supple.supernet.base import SupernetRule
@@ -42,11 +48,11 @@ from supple.training.step import Sampler, WholeOnly
 
 __all__ = ["DATA", "OFF", "ON", "claims"]
 
-DATA = ("llama-tiny/model.safetensors", "llama-tiny/tokenizer.json", "text/tinyshakespeare.txt")
+DATA = ("llama-tiny/model.safetensors", "llama-tiny/tokenizer.json", "text/brown.txt")
 RATES = (1e-4, 3e-4, 1e-3)
 CHOSEN = {"SortedLlama": 3e-4, "Ordinary": 3e-4, "exit": 3e-4}
 TUNING_SEED = 1000
-STEPS = 150
+STEPS = 120
 DEPTHS = (3, 4, 5, 6)
 HALF, FULL = 3, 6
 SITE = "model.layers.depth"
@@ -180,16 +186,21 @@ def loss_on(model: nn.Module, data: Dataset) -> float:
 
 @cache
 def text() -> Splits:
-    """Loads tiny Shakespeare: 80 % to train, a tenth to choose by, a tenth to report on."""
-    found = load(
-        "text", path="text/tinyshakespeare.txt", tokenizer=_folder(), length=64, batch_size=4
-    )
-    return Splits(
-        train=found.train,
-        validation=found.validation.first(100),
-        test=found.test.first(200),
-        vocabulary=found.vocabulary,
-    )
+    """Loads the part of the Brown corpus that the network has not seen."""
+    from transformers import AutoTokenizer
+
+    whole = (_folder().parent / "text" / "brown.txt").read_text(encoding="utf-8")
+    unseen = whole[int(0.95 * len(whole)) :]
+    found = blocks(AutoTokenizer.from_pretrained(_folder())(unseen)["input_ids"], 64)
+    first, second = int(0.8 * len(found)), int(0.9 * len(found))
+    places = torch.arange(len(found))
+    positions = {
+        "train": places[:first],
+        "validation": places[first:second],
+        "test": places[second:],
+    }
+    source = TensorSource({"input_ids": found, "labels": found})
+    return split(source, positions, batch_size=4, seed=0)
 
 
 def _folder() -> Path:

@@ -49,7 +49,7 @@ from supple.training.seeds import kept
 __all__ = ["DATA", "OFF", "ON", "claims"]
 
 RATES = (1e-3, 3e-3, 1e-2)
-CHOSEN = {"pretraining": 3e-3, "progressive": 1e-3, "fixed": 1e-3}
+CHOSEN = {"pretraining": 1e-2, "progressive": 3e-3, "fixed": 1e-2}
 TUNING_SEED = 1000
 PRETRAINING, STEPS = 300, 240
 DEPTH = 4
