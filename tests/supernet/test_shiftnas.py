@@ -13,6 +13,7 @@ from supple.axes.width import Width
 from supple.errors import SettingError
 from supple.models.base import build
 from supple.network import Elastic, elastic
+from supple.storage import load
 from supple.supernet.shiftnas import ShiftNas, _Masks, cost_of
 from supple.training.loop import train
 from supple.training.step import StepOptions
@@ -207,6 +208,16 @@ def test_a_run_resumes_bitwise_with_its_generator(tmp_path):
     with pytest.raises(StoppedError):
         trained(tmp_path / "parted", stop=13)
     assert stub.equal(whole, trained(tmp_path / "parted"))
+
+
+def test_the_generator_is_saved_with_the_network(tmp_path):
+    net = layers()
+    started(net, ShiftNas()).step(stub.vectors()[0])
+    net.save(tmp_path / "net")
+    again = load(tmp_path / "net", model=layers().module)
+    sizes = ShiftNas.propose(net, 200.0, 8)
+    assert len(set(sizes)) > 1
+    assert ShiftNas.propose(again, 200.0, 8) == sizes
 
 
 def test_a_network_without_generator_proposes_nothing():
