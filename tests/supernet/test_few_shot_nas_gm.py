@@ -66,6 +66,10 @@ def test_distances_are_cosines_over_all_parameters():
 
 
 def test_groups_have_the_least_distance_within_and_two_members_at_least():
+    alone = torch.full((4, 4), 1.0)
+    alone[3, :] = alone[:, 3] = 50.0
+    alone.fill_diagonal_(0.0)
+    assert len(two_groups(alone)[0]) == 2  # although 3 by itself would cost less
     # 4 is far from all others, yet not alone; it costs least beside 1.
     table = torch.full((5, 5), 2.0)
     table[4, :] = table[:, 4] = 9.0
