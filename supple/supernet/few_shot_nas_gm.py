@@ -33,8 +33,9 @@ _TRIES = 64
 class FewShotNASGM(SupernetRule):
     r"""Splits the supernet in two where the gradients of a site's choices agree least.
 
-    Training begins with one set of weights for all sizes. At the times in `splits` each
-    sub-supernet becomes two, which start from its weights (and the optimizer's moments) and
+    Training begins with one set of weights for all sizes. At even intervals, up to the share
+    `until` of the run, each sub-supernet becomes two, until there are `leaves`; they start from
+    its weights (and the optimizer's moments) and
     share the choices of one site between them. The site and the two groups follow from the
     gradients: in each of the `repeats` steps before, a random size is run with each choice $i$
     at the site in turn, giving the gradient $g_i$ of all weights outside the site, and
@@ -48,8 +49,8 @@ class FewShotNASGM(SupernetRule):
     sub-supernets, each step trains all of them.
 
     Args:
-        splits: When each sub-supernet becomes two, as shares of the run, ascending, in (0, 1);
-            there are $2^n$ in the end. None of them is plain one-shot training.
+        leaves: Sub-supernets in the end, a power of two; 1 is plain one-shot training.
+        until: When the last split is, as a share of the run, in (0, 1).
         repeats: Steps before a split in which gradients are compared, at least 1. Each costs
             one backward per sub-supernet, site and choice.
         random: Random sizes per step, at least 1, each on the whole batch.
@@ -82,16 +83,17 @@ class FewShotNASGM(SupernetRule):
 
     distinguishing: ClassVar[str] = "sampler"
 
-    splits: tuple[float, ...] = (0.25, 0.5)
+    leaves: int = 4
+    until: float = 0.5
     repeats: int = 100
     random: int = 4
     by: Literal["gradients", "random"] = "gradients"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "splits", tuple(self.splits))
-        ends = (0.0, *self.splits, 1.0)
-        if any(not a < b for a, b in itertools.pairwise(ends)):
-            raise SettingError(f"splits must ascend within (0, 1), got {self.splits}")
+        if self.leaves < 1 or self.leaves & (self.leaves - 1):
+            raise SettingError(f"leaves must be a power of two, got {self.leaves}")
+        if not 0 < self.until < 1:
+            raise SettingError(f"until must lie in (0, 1), got {self.until}")
         for name in ("repeats", "random"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -100,11 +102,13 @@ class FewShotNASGM(SupernetRule):
 
     @classmethod
     def examples(cls) -> list[FewShotNASGM]:
-        return [cls(), cls(splits=(0.5,), repeats=1, random=2), cls(by="random")]
+        return [cls(), cls(leaves=2, repeats=1, random=2), cls(by="random")]
 
     def sampler(self, space: Space, generator: torch.Generator) -> Sampler:
         repeats = self.repeats if self.by == "gradients" else 0
-        return SplittingSampler(space, generator, self.splits, repeats, self.random)
+        levels = self.leaves.bit_length() - 1
+        splits = [self.until * (level + 1) / levels for level in range(levels)]
+        return SplittingSampler(space, generator, splits, repeats, self.random)
 
     def adapt(self, net: Network) -> None:
         """Adds the weights of all sub-supernets, unused until they come to be.
@@ -113,9 +117,8 @@ class FewShotNASGM(SupernetRule):
             net: The network that is going to be trained.
         """
         assert isinstance(net, Elastic)
-        count = 2 ** len(self.splits)
-        if not isinstance(net.sharing, Copies) or net.sharing.count != count:
-            net.share(Copies(({},), count=count))
+        if not isinstance(net.sharing, Copies) or net.sharing.count != self.leaves:
+            net.share(Copies(({},), count=self.leaves))
 
 
 class SplittingSampler(Sampler):

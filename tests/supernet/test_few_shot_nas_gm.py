@@ -16,7 +16,7 @@ from supple.training.step import Pass, StepOptions
 from tests.training import stub
 
 BATCH = stub.vectors()[0]
-TWO = FewShotNASGM(splits=(0.5,), repeats=2, random=2)
+TWO = FewShotNASGM(leaves=2, repeats=2, random=2)
 
 
 def network(choices=(0.25, 0.5, 0.75, 1.0)):
@@ -185,7 +185,7 @@ def test_a_step_sums_the_gradients_of_each_sub_supernet_in_its_own_weights():
 
 def test_passes_go_round_and_each_sub_supernet_gets_as_many():
     net = network()
-    run = start(FewShotNASGM(splits=(0.1, 0.2), repeats=1, random=3), net, steps=10)
+    run = start(FewShotNASGM(leaves=4, until=0.2, repeats=1, random=3), net, steps=10)
     run.step(BATCH)
     run.step(BATCH)
     roles = [set(run.step(BATCH)) for _ in range(4)]
@@ -196,9 +196,19 @@ def test_passes_go_round_and_each_sub_supernet_gets_as_many():
     assert {counted.count(f"leaf-{i}") for i in range(4)} == {3}
 
 
+def test_splits_come_at_even_intervals():
+    net = network()
+    run = start(FewShotNASGM(leaves=4, until=0.5, by="random"), net, steps=8)
+    counts = []
+    for _ in range(8):
+        run.step(BATCH)
+        counts.append(len(net.sharing.parts))
+    assert counts == [1, 1, 2, 2, 4, 4, 4, 4]
+
+
 def test_a_second_split_takes_another_site():
     net = network()
-    run = start(FewShotNASGM(splits=(0.25, 0.5), repeats=1), net, steps=8)
+    run = start(FewShotNASGM(leaves=4, repeats=1), net, steps=8)
     for _ in range(5):
         run.step(BATCH)
     assert all(set(part) == {"0", "2"} for part in net.sharing.parts)
@@ -257,7 +267,7 @@ def test_a_site_with_many_choices_is_judged_by_eight_of_them():
 
 def test_random_splits_compare_nothing():
     net = network()
-    run = start(FewShotNASGM(by="random", splits=(0.5,)), net)
+    run = start(FewShotNASGM(by="random", leaves=2), net)
     run.gradients = lambda *_: pytest.fail("gradients were compared")
     for _ in range(3):
         run.step(BATCH)
@@ -265,9 +275,9 @@ def test_random_splits_compare_nothing():
     assert len(own) == len(other) == 2
 
 
-def test_without_splits_it_is_one_shot_training():
+def test_with_one_leaf_it_is_one_shot_training():
     net = network()
-    run = start(FewShotNASGM(splits=(), random=3), net, steps=None)
+    run = start(FewShotNASGM(leaves=1, random=3), net, steps=None)
     run.step(BATCH)
     assert run.passes == 3
     assert not net.added_parameters()
@@ -281,9 +291,10 @@ def test_the_number_of_steps_must_be_known():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("splits", (0.5, 0.25)),
-        ("splits", (0.0,)),
-        ("splits", (1.0,)),
+        ("leaves", 0),
+        ("leaves", 3),
+        ("until", 0.0),
+        ("until", 1.0),
         ("repeats", 0),
         ("random", 0),
         ("by", "loss"),
