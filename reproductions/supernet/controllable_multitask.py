@@ -30,13 +30,13 @@ under which no width changed the ink's error.
 
 Result: the third claim holds (the mean error falls by 0.005 of 0.28), the first is undecided
 (one of 24 moves goes the wrong way) and the second does not hold: 0.529 of the volume against
-0.556. The networks with loss weights err less on the digit (18 to 21 against 21 to 25 %) and no
-more on the ink, as each is trained for one size and one preference. Nor does a preference gain
-here what it gives up: the other decoder becomes narrower, but what that frees of the budget
-(425,000 multiplications of 489,000 at equal preferences, 314,000 at the outermost) is too
-little for the next of four ratios of the whole encoder, which stays at a half; so the first
-claim's moves are those of one decoder at a time. Not tried: widths of the encoder layer by
-layer, which the paper's search has, too.
+0.556. The networks with loss weights err less on the digit (18 to 21 against 21 to 25 %) and
+about as much on the ink (31 to 35 against 32 to 34 %), as each is trained for one size and one
+preference. Nor does a preference gain here what it gives up: the other decoder becomes
+narrower, but what that frees of the budget (425,000 multiplications of 489,000 at equal
+preferences, 314,000 at the outermost) is too little for the next of four ratios of the whole
+encoder, which stays at a half; so the first claim's moves are those of one decoder at a time.
+Not tried: widths of the encoder layer by layer, which the paper's search has, too.
 """
 
 from __future__ import annotations
