@@ -35,7 +35,7 @@ class ViTResNAS(SupernetRule):
     norms take their statistics over the channels that remain. At each site every choice gets
     equally many examples, shuffled site by site.
 
-    Sizes are let in from the largest down: in the first `warmup` of the steps a site with $n$
+    Sizes are let in from the largest down: in the first `ramp` of the steps a site with $n$
     choices draws from the largest $1 + \lfloor (n - 1)\, t / t_w \rfloor$ of them at step $t$
     of $t_w$.
 
@@ -44,7 +44,7 @@ class ViTResNAS(SupernetRule):
 
     Args:
         per_size: How many examples of a batch have the same size, at least 1.
-        warmup: Share of the steps until all choices are let in, in [0, 1].
+        ramp: Share of the steps until all choices are let in, in [0, 1].
 
     Example:
         ```python
@@ -70,20 +70,20 @@ class ViTResNAS(SupernetRule):
     distinguishing: ClassVar[str] = "sampler"
 
     per_size: int = 1
-    warmup: float = 0.1
+    ramp: float = 0.1
 
     def __post_init__(self) -> None:
         if self.per_size < 1:
             raise SettingError(f"per_size must be at least 1, got {self.per_size}")
-        if not 0 <= self.warmup <= 1:
-            raise SettingError(f"warmup must lie in [0, 1], got {self.warmup}")
+        if not 0 <= self.ramp <= 1:
+            raise SettingError(f"ramp must lie in [0, 1], got {self.ramp}")
 
     @classmethod
     def examples(cls) -> list[ViTResNAS]:
-        return [cls(), cls(per_size=4, warmup=0.5)]
+        return [cls(), cls(per_size=4, ramp=0.5)]
 
     def sampler(self, space: Space, generator: torch.Generator) -> Sampler:
-        return PerExampleSampler(space, generator, self.per_size, self.warmup)
+        return PerExampleSampler(space, generator, self.per_size, self.ramp)
 
     def start(
         self,
@@ -128,17 +128,17 @@ class PerExampleSampler(Sampler):
         space: The sizes there are.
         generator: Source of randomness.
         per_size: How many examples have the same size.
-        warmup: Share of the steps until all choices are let in.
+        ramp: Share of the steps until all choices are let in.
 
     Attributes:
         drawn: The sizes of the present step.
     """
 
     def __init__(
-        self, space: Space, generator: torch.Generator, per_size: int = 1, warmup: float = 0.0
+        self, space: Space, generator: torch.Generator, per_size: int = 1, ramp: float = 0.0
     ) -> None:
         self.space, self.generator = space, generator
-        self.per_size, self.warmup = per_size, warmup
+        self.per_size, self.ramp = per_size, ramp
         self.drawn: list[Config] = []
         self._count = 1
 
@@ -148,8 +148,8 @@ class PerExampleSampler(Sampler):
 
     def sample(self, step: int, steps: int | None) -> Sequence[Pass]:
         """Draws the sizes, and gives the one pass that trains them all."""
-        if steps is None and self.warmup:
-            raise SettingError("warmup needs to know the number of steps; pass steps=")
+        if steps is None and self.ramp:
+            raise SettingError("ramp needs to know the number of steps; pass steps=")
         share = self._share(step, steps or 0)
         columns = {site.name: self._column(site, share) for site in self.space.sites}
         self.drawn = [
@@ -159,7 +159,7 @@ class PerExampleSampler(Sampler):
         return [Pass(self.space.largest(), "examples")]
 
     def _share(self, step: int, steps: int) -> float:
-        length = self.warmup * steps
+        length = self.ramp * steps
         return min(1.0, step / length) if length else 1.0
 
     def _column(self, site: Site, share: float) -> list[int]:

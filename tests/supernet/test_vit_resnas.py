@@ -87,7 +87,7 @@ def test_one_step_has_the_mean_of_the_gradients_of_all_examples(vit):
     batch = (torch.randn(IMAGES, generator=source(4)), torch.tensor([0, 1, 2, 0, 1]))
     before = stub.weights(vit.module)
     optimizer = torch.optim.SGD(vit.module.parameters(), lr=0.1)
-    run = ViTResNAS(warmup=0).start(vit, optimizer, loss=stub.loss, generator=source(5))
+    run = ViTResNAS(ramp=0).start(vit, optimizer, loss=stub.loss, generator=source(5))
     losses = run.step(batch)
     drawn = run.sampler.drawn
     assert len(set(drawn)) == IMAGES[0]
@@ -109,7 +109,7 @@ def test_one_step_has_the_mean_of_the_gradients_of_all_examples(vit):
 
 def test_choices_are_balanced_and_let_in_from_the_largest_down():
     space = Space([Site("a", "width", (1, 2, 3, 4), 4), Site("b", "width", (5, 6), 6)])
-    sampler = PerExampleSampler(space, source(), per_size=2, warmup=0.5)
+    sampler = PerExampleSampler(space, source(), per_size=2, ramp=0.5)
     sampler._count = 8
     seen = []
     for step in (0, 9, 10, 20, 29, 30, 59):
@@ -131,7 +131,7 @@ def _drawn(sampler):
 
 def test_examples_share_a_size_where_that_is_asked_for(vit):
     optimizer = torch.optim.SGD(vit.module.parameters(), lr=0.0)
-    method = ViTResNAS(per_size=2, warmup=0)
+    method = ViTResNAS(per_size=2, ramp=0)
     run = method.start(vit, optimizer, loss=stub.loss)
     run.step((torch.randn(IMAGES, generator=source()), torch.tensor([0, 1, 2, 0, 1])))
     assert len(run.sampler.drawn) == 3
@@ -172,7 +172,7 @@ def test_what_masks_do_not_reach_is_refused(model, x, axes, named):
         check_masks(net)
 
 
-@pytest.mark.parametrize(("name", "value"), [("per_size", 0), ("warmup", 1.5)])
+@pytest.mark.parametrize(("name", "value"), [("per_size", 0), ("ramp", 1.5)])
 def test_settings_are_checked(name, value):
     with pytest.raises(SettingError, match=name):
         ViTResNAS(**{name: value})
