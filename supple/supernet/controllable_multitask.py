@@ -63,9 +63,9 @@ class ControllableMultitask(SupernetRule):
     Differs:
         The authors' code is not public. The paper's statistics of batch norm for each pair of
         widths are re-estimated for the sizes in use (`supple.recalibrate`). Widths are drawn
-        layer by layer, which includes the paper's one ratio for each part; `PreferenceAllocator`
-        tries one ratio for the whole encoder only. The distance, its weight, and what is done
-        about features of unequal width are ours.
+        layer by layer, which includes the paper's one ratio for each part, and
+        `PreferenceAllocator` tries one ratio for the whole encoder only. The distance, its
+        weight, and what is done about features of unequal width are ours.
     Checked:
         One step against gradients summed by hand; the distance against a hand-computed one and
         a least-squares solution; sizes against enumeration.
