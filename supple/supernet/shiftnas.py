@@ -98,8 +98,8 @@ class ShiftNas(SupernetRule):
         the beginning. The generator learns costs from 64 targets a step. Its order of sites is
         the space's.
     Checked:
-        Masked against sliced outputs, widths and depths mixed; gradients of the cost against
-        differences; probabilities against the formula; the generator's weights resume bitwise
+        Masked against sliced outputs, widths and depths mixed; slopes of the cost against
+        the cost with each other choice; probabilities against the formula; the generator's weights resume bitwise
         and give sizes near the cost asked for.
     """
 
