@@ -20,8 +20,8 @@ each, and uniform draws of sizes where the idea is off).
 
 History: before, the generator was tried by itself on costs alone, 600 steps of AdamW: with 16
 targets a step 11 to 43 % of its sizes came within 5 %, with 64 targets and logits four times as
-large 24 to 75 %. The latter is what ShiftNAS has. The threshold stayed as it was. `tune()` chose the largest of
-its rates for all arms.
+large 24 to 75 %. The latter is what ShiftNAS has. The threshold stayed as it was. `tune()`
+chose the largest of its rates for all arms.
 """
 
 from __future__ import annotations

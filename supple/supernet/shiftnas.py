@@ -98,9 +98,9 @@ class ShiftNas(SupernetRule):
         the beginning. The generator learns costs from 64 targets a step. Its order of sites is
         the space's.
     Checked:
-        Masked against sliced outputs, widths and depths mixed; slopes of the cost against
-        the cost with each other choice; probabilities against the formula; the generator's weights resume bitwise
-        and give sizes near the cost asked for.
+        Masked against sliced outputs, widths and depths mixed; slopes of the cost against the
+        cost with each other choice; probabilities against the formula; the generator's weights
+        resume bitwise, are saved, and learn to tell cheap from dear.
     """
 
     distinguishing: ClassVar[str] = "sampler"
