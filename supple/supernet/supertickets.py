@@ -286,7 +286,7 @@ def _gains(net: Elastic) -> dict[str, list[Tensor]]:
             path, _, leaf = name.rpartition(".")
             gain = net.module.get_parameter(name) if leaf == "weight" else None
             norm = isinstance(modules.get(path), nn.modules.batchnorm._NormBase)
-            if gain is not None and norm and len(gain) == group.full:
+            if gain is not None and norm and len(gain) == site.full:
                 found.setdefault(site.name, []).append(gain)
     return found
 
