@@ -1,0 +1,158 @@
+"""Mixture-of-supernets: weights that are routed by size close the gap to training alone.
+
+Claim of the paper: mixing each size's weights from several experts narrows the gap between
+sub-networks of a supernet and the same networks trained alone, more than training longer does,
+and without cost at inference.
+
+Arms: the elastic network of `benchmarks.nb_mini` (46,656 sizes), with one random size per step,
+Adam and a cosine, on the same 2,000 images: mixtures of two experts by layer for 600 steps,
+plain sharing for 600 steps, and plain sharing for 1,200. The figure is the mean gap of 20
+sizes of the table, spread evenly over its costs: test accuracy when trained alone (150 steps
+each) less test accuracy inside the supernet, recalibrated. Each arm is to have the best of
+three learning rates by validation accuracy of these sizes, on a seed of its own, as `tune()`
+finds it; it has not been run yet, and `CHOSEN` holds the middle rate for all arms until then.
+
+Thresholds: any gain in the gap, at equal and at double steps. That routers are no constant is
+claimed beside it (then experts would merely be averaged): the standard deviation of routing
+across the 20 sizes, at the layer where it is largest, above 0.01. Sizes that are cut out must
+give outputs equal to 1e-5.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+
+from benchmarks import nb_mini
+from reproductions.supernet._mnist8 import DATA, accuracy
+from supple.space import Config
+from supple.supernet.base import SupernetRule
+from supple.supernet.mixture_of_supernets import MixtureOfSupernets
+from supple.testing.reproduce import Claim, across
+from supple.training.loop import train
+from supple.training.recalibrate import recalibrate
+
+__all__ = ["DATA", "OFF", "ON", "claims"]
+
+STEPS, SIZES = 600, 20
+RATES = (3e-3, 1e-2, 3e-2)
+TUNING_SEED = 1000
+
+ON = MixtureOfSupernets()
+OFF = SupernetRule()
+Arm = tuple[SupernetRule, int]
+ROUTED, PLAIN, LONGER = (ON, STEPS), (OFF, STEPS), (OFF, 2 * STEPS)
+CHOSEN: dict[Arm, float] = {ROUTED: 1e-2, PLAIN: 1e-2, LONGER: 1e-2}
+Result = tuple[list[float], float, float]
+
+
+def claims(method: SupernetRule, seeds: Sequence[int]) -> Iterator[Claim]:
+    """Compares gaps of routed and shared weights; tells routing and what cutting out costs."""
+    arms = [(method, STEPS), PLAIN, LONGER]
+    cases = [(*arm, CHOSEN[arm], seed, "test") for arm in arms for seed in seeds]
+    rows = across(supernet, cases)
+    ours, plain, longer = (rows[i * len(seeds) : (i + 1) * len(seeds)] for i in range(3))
+    alone = statistics.fmean(nb_mini.table()[i] for i in chosen())
+
+    def gaps(found: list[Result]) -> list[float]:
+        return [alone - statistics.fmean(each[0]) for each in found]
+
+    yield Claim(
+        "the gap to training alone is narrower than with plain sharing",
+        gaps(ours),
+        gaps(plain),
+        better="lower",
+        unit="accuracy",
+        details={
+            "mean accuracy alone": alone,
+            "macs": [nb_mini.costs()[i] for i in chosen()],
+            "accuracies": {
+                name: [each[0] for each in found]
+                for name, found in (("ours", ours), ("plain", plain), ("longer", longer))
+            },
+        },
+    )
+    yield Claim(
+        "it is narrower than with plain sharing trained twice as long",
+        gaps(ours),
+        gaps(longer),
+        better="lower",
+        unit="accuracy",
+    )
+    yield Claim(
+        "routers tell sizes apart",
+        [each[1] for each in ours],
+        [each[1] for each in plain],
+        threshold=0.01,
+        unit="standard deviation of routing",
+    )
+    yield Claim(
+        "sizes that are cut out compute the same",
+        [each[2] for each in ours],
+        [0.0 for _ in ours],
+        threshold=-1e-5,
+        better="lower",
+        unit="greatest difference of a logit",
+    )
+
+
+@cache
+def chosen() -> list[int]:
+    """Gives the places of the 20 sizes in the table."""
+    count = len(nb_mini.configs())
+    return [round(i * (count - 1) / (SIZES - 1)) for i in range(SIZES)]
+
+
+def tune() -> dict[str, float]:
+    """Finds the learning rates of all arms, `CHOSEN`."""
+    arms = {"routed": ROUTED, "plain": PLAIN, "longer": LONGER}
+    cases = [(*a, rate, TUNING_SEED, "validation") for a in arms.values() for rate in RATES]
+    means = [statistics.fmean(each[0]) for each in across(supernet, cases)]
+    best = {}
+    for i, name in enumerate(arms):
+        row = means[i * len(RATES) : (i + 1) * len(RATES)]
+        print(name, dict(zip(RATES, row, strict=True)))
+        best[name] = RATES[row.index(max(row))]
+    return best
+
+
+def supernet(case: tuple[SupernetRule, int, float, int, str]) -> Result:
+    """Trains a supernet; gives accuracies, how routing varies and what cutting out changes."""
+    method, steps, rate, seed, split = case
+    net = nb_mini.net(seed)
+    train(
+        net,
+        nb_mini.data().train,
+        nb_mini.loss,
+        method=method,
+        steps=steps,
+        lr=rate,
+        schedule="cosine",
+        seed=seed,
+        log_every=steps,
+        progress=False,
+    )
+    net.eval()
+    configs = [nb_mini.configs()[i] for i in chosen()]
+    found, off = [], 0.0
+    x, _ = next(iter(nb_mini.data().validation.batches()))
+    for config in configs:
+        recalibrate(net, config, nb_mini.data().train, batches=nb_mini.RECALIBRATION)
+        with net.at(config), torch.no_grad():
+            found.append(accuracy(net.module, getattr(nb_mini.data(), split)))
+            inside = net.module(x)
+        with torch.no_grad():
+            off = max(off, float((net.extract(config).eval()(x) - inside).abs().max()))
+    return found, _spread(net, configs), off
+
+
+def _spread(net, configs: Sequence[Config]) -> float:
+    """The standard deviation of routing across sizes, where it is largest; 0 without any."""
+    if net.sharing is None:
+        return 0.0
+    routing = [net.sharing.routing(config, net.module) for config in configs]
+    with torch.no_grad():
+        return max(float(torch.stack([r[p] for r in routing]).std(0).max()) for p in routing[0])
