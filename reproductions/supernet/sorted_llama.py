@@ -22,8 +22,8 @@ History: the catalogue names tiny Shakespeare, which turned out to be part of th
 pretraining: fine-tuning on it with any of the rates made its held-out tenth worse (3.487 nats
 before, 3.496 at best), so that the lowest rate won. Hence a text that it has not seen; the
 thresholds are the same. SFT's rate was found on this text; those of SoFT and of the exit were
-found in the same way, with 150 steps, on tiny Shakespeare, and `tune()` has yet to be run to its
-end here.
+found in the same way, with 150 steps, on tiny Shakespeare, and `tune()` has yet to be run to
+its end here.
 """
 
 from __future__ import annotations
