@@ -177,11 +177,17 @@ class Elastic:
             path, _, leaf = name.rpartition(".")
             module = self.module.get_submodule(path)
             if leaf not in module._parameters:
-                like = next(module.parameters())
-                parameter = nn.Parameter(value.to(like, copy=True), like.requires_grad)
-                module.register_parameter(leaf, parameter)
+                module.register_parameter(leaf, self._added(module, value))
                 self._plans.clear()
                 self._layout = None
+
+    def _added(self, module: nn.Module, value: Tensor) -> nn.Parameter:
+        """A parameter of its own; what is a copy of another is frozen where that one is."""
+        if isinstance(value, nn.Parameter):
+            return nn.Parameter(value.detach().clone(), value.requires_grad)
+        like = next(module.parameters(), next(self.module.parameters()))
+        learns = any(p.requires_grad for p in self.module.parameters())
+        return nn.Parameter(value.to(like, copy=True), learns)
 
     # --- using it -------------------------------------------------------------------------
 

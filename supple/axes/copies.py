@@ -68,7 +68,7 @@ class Copies(Sharing):
 
     def own(self, model: nn.Module) -> dict[str, Tensor]:
         return {
-            copied(name, number): value.detach()
+            copied(name, number): value
             for name, value in model.named_parameters()
             if not added(name)
             for number in range(1, self.count)

@@ -111,3 +111,17 @@ def test_elements_are_counted_in_the_copy_that_a_pass_used(net):
     unused = touched.unused(copied)
     assert unused[4:].all()
     assert not unused[:4].any()
+
+
+def test_copies_are_frozen_where_the_module_is():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[0].requires_grad_(False)
+    net = supple.elastic(model, X, axes=[Width((0.5, 1.0))], verify=False)
+    net.share(Copies(({"0": (8,)}, {"0": (4,)})))
+    learns = {name: p.requires_grad for name, p in net.added_parameters().items()}
+    assert learns == {
+        "0.supple_copy_1_weight": False,
+        "0.supple_copy_1_bias": False,
+        "2.supple_copy_1_weight": True,
+        "2.supple_copy_1_bias": True,
+    }
