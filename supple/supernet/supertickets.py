@@ -35,8 +35,8 @@ class SuperTickets(SupernetRule):
 
     At each of `events` times, evenly spread over the first `until` of the steps, units whose
     gains are all below `threshold` are removed, the weakest first and none that would take the
-    network below `budget`; then, of the weights of all other units, those of least magnitude
-    are: at event $k$ of $K$, the share `sparsity` $\cdot\, k / K$ over all layers together.
+    network below `least_macs`; then, of the weights of all other units, those of least
+    magnitude are: at event $k$ of $K$, the share `sparsity` $\cdot\, k / K$ over all layers together.
     Biases and norms are kept. What was removed is exactly zero from then on, in the weights,
     in the optimizer's moments and in the running average.
 
@@ -47,7 +47,7 @@ class SuperTickets(SupernetRule):
         sparsity: Share of the weights that is zero in the end, in [0, 1).
         penalty: Largest $\rho_t$, at least 0.
         threshold: Gains below it are of dead units, above 0.
-        budget: Share of the full network's multiply-accumulates below which no units are
+        least_macs: Share of the full network's multiply-accumulates below which no units are
             removed, in [0, 1].
         events: How many times the network is pruned, at least 1.
         until: Share of the steps after which nothing is removed, in (0, 1].
@@ -70,8 +70,8 @@ class SuperTickets(SupernetRule):
     Differs:
         Removed units stay in place as zeros until `surviving` cuts them off, where the authors
         rebuild the network. Gains are looked at themselves, and not their average beside.
-        Both kinds of removal share their events, and `budget` is ours: the authors choose
-        the penalty for a cost.
+        Both kinds of removal share their events, and `least_macs` is ours: the authors
+        choose the penalty for a cost.
     Checked:
         One step against gradients by hand; masks, moments and average after every step; the
         extracted ticket against the full network.
@@ -82,7 +82,7 @@ class SuperTickets(SupernetRule):
     sparsity: float = 0.9
     penalty: float = 1.4e-4
     threshold: float = 1e-3
-    budget: float = 0.0
+    least_macs: float = 0.0
     events: int = 9
     until: float = 0.5
     ramp: float = 0.1
@@ -96,9 +96,9 @@ class SuperTickets(SupernetRule):
                 "penalty must be at least 0 and threshold above 0, got "
                 f"{self.penalty} and {self.threshold}"
             )
-        if not 0 <= self.budget <= 1 or not 0 <= self.ramp <= 1:
+        if not 0 <= self.least_macs <= 1 or not 0 <= self.ramp <= 1:
             raise SettingError(
-                f"budget and ramp must lie in [0, 1], got {self.budget} and {self.ramp}"
+                f"least_macs and ramp must lie in [0, 1], got {self.least_macs} and {self.ramp}"
             )
         if self.events < 1 or not 0 < self.until <= 1:
             raise SettingError(
@@ -237,7 +237,7 @@ class Ticket(Sampler):
     def _prune(self, run: SizesRun, event: int) -> None:
         net, method = run.net, self.method
         assert isinstance(net, Elastic)
-        dead = _dead(net, method.threshold, method.budget)
+        dead = _dead(net, method.threshold, method.least_macs)
         masks = _magnitude_masks(net, dead, method.sparsity * event / method.events)
         averages = {} if run.average is None else run.average.state_dict()["average"]
         for name, parameter in net.module.named_parameters():
@@ -316,12 +316,12 @@ def _penalties(net: Elastic) -> list[tuple[Tensor, float]]:
     return [(gain, costs[name] / mean) for name, each in gains.items() for gain in each]
 
 
-def _dead(net: Elastic, threshold: float, budget: float) -> dict[str, Tensor]:
-    """Units to be removed by site, as far as the budget allows."""
+def _dead(net: Elastic, threshold: float, least: float) -> dict[str, Tensor]:
+    """Units to be removed by site, down to a share of the full network's cost."""
     costs, gains = _unit_costs(net), _gains(net)
     strength = {name: torch.stack(each).abs().amax(0) for name, each in gains.items()}
     dead = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in strength.items()}
-    left = float(net.costs(net.space.largest())["macs"][0]) * (1 - budget)
+    left = float(net.costs(net.space.largest())["macs"][0]) * (1 - least)
     weak = sorted(
         (value, name, unit)
         for name, values in strength.items()

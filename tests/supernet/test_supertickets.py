@@ -135,11 +135,11 @@ def test_dead_units_are_cut_off_and_the_ticket_computes_the_same():
     assert zeros == round(0.4 * 8 * 5) + 8  # of five units' 8 weights, and the sixth's
 
 
-def test_units_are_kept_where_the_budget_asks_for_them():
+def test_units_are_kept_down_to_the_least_macs():
     net = network()
     with torch.no_grad():
         net.module[1].weight.copy_(torch.tensor([8.0, 1, 7, 2, 6, 3, 5, 4]) * 1e-5)
-    run = started(net, SuperTickets(budget=0.75, events=1, until=0.1, penalty=0), 5)
+    run = started(net, SuperTickets(least_macs=0.75, events=1, until=0.1, penalty=0), 5)
     run.step(stub.vectors()[0])
     run.step(stub.vectors()[1])
     assert (net.module[1].weight == 0).nonzero().flatten().tolist() == [1, 3]
@@ -160,7 +160,7 @@ def test_networks_without_batch_norm_and_open_ends_are_refused():
         ("sparsity", 1.0),
         ("penalty", -1.0),
         ("threshold", 0.0),
-        ("budget", 2.0),
+        ("least_macs", 2.0),
         ("ramp", -0.1),
         ("events", 0),
         ("until", 0.0),
