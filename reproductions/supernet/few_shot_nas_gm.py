@@ -9,15 +9,18 @@ alone), 2,000 MNIST images of 8 x 8, 500 steps of AdamW at batch size 50 with fo
 per step. The first arm splits twice by gradients (after 1/4 and 1/2 of the run, each after 20
 comparisons), into four sub-supernets; the second splits as often at random; the third does not
 split. All make as many passes and updates in total, which go to the sub-supernets in turn;
-the gradients that are only compared move no weights. Each arm is to have the best of three
-learning rates by the mean validation accuracy of the table's sizes, on a seed of its own, which
-`tune()` finds. Supernets are scored on validation images after
+the gradients that are only compared move no weights. Each arm has the best of three
+learning rates by the mean validation accuracy of the table's sizes, on a seed of its own:
+`tune()` found the `CHOSEN` ones beforehand. Supernets are scored on validation images after
 recalibration, and Kendall's tau is to the table.
 
 Thresholds: any gain, as the catalogue of techniques has it: the mean over the seeds must
 exceed that of the baseline by more than the effects spread.
 
-History: not run so far. `tune()` has to come first: until then `CHOSEN` holds one rate for all.
+History: `tune()` gave all arms the largest of its rates, where the mean accuracy was 0.881
+(split by gradients), 0.872 (at random) and 0.888 (one supernet), against 0.873, 0.858 and 0.883
+with 1e-2; larger rates were not tried. Kendall's tau on that one seed was 0.795, 0.807 and
+0.806. Nothing was changed after that.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ ON = FewShotNASGM(repeats=20)
 OFF = FewShotNASGM(by="random")
 ONE_SHOT = FewShotNASGM(leaves=1)
 NAMES = {"gradients": ON, "random": OFF, "one-shot": ONE_SHOT}
-CHOSEN: dict[FewShotNASGM, float] = {ON: 1e-2, OFF: 1e-2, ONE_SHOT: 1e-2}
+CHOSEN: dict[FewShotNASGM, float] = {ON: 3e-2, OFF: 3e-2, ONE_SHOT: 3e-2}
 Result = tuple[float, list[float], list[dict[str, list[int]]]]
 
 
