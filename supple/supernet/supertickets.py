@@ -36,9 +36,9 @@ class SuperTickets(SupernetRule):
     At each of `events` times, evenly spread over the first `until` of the steps, units whose
     gains are all below `threshold` are removed, the weakest first and none that would take the
     network below `least_macs`; then, of the weights of all other units, those of least
-    magnitude are: at event $k$ of $K$, the share `sparsity` $\cdot\, k / K$ over all layers together.
-    Biases and norms are kept. What was removed is exactly zero from then on, in the weights,
-    in the optimizer's moments and in the running average.
+    magnitude are: at event $k$ of $K$, the share `sparsity` $\cdot\, k / K$ over all layers
+    together. Biases and norms are kept. What was removed is exactly zero from then on, in the
+    weights, in the optimizer's moments and in the running average.
 
     Afterwards `surviving(net)` puts the units that are left first and gives the size that
     holds them; recalibrate and extract it as any other.
