@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, Literal, cast
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
@@ -17,6 +18,7 @@ from supple.technique import Rule, settings
 from supple.training import checkpoint as checkpoints
 from supple.training import processes
 from supple.training.batches import Forward, Loss
+from supple.training.choose import choose
 from supple.training.history import Display, History
 from supple.training.losses import Labels
 from supple.training.schedule import Schedule, schedule_of
@@ -43,7 +45,7 @@ def train(
     data: Any,
     loss: Loss,
     *,
-    method: Rule | None = None,
+    method: Rule | Literal["auto"] | None = None,
     epochs: int = 1,
     steps: int | None = None,
     optimizer: OptimizerName | MakeOptimizer = "adamw",
@@ -82,7 +84,8 @@ def train(
             any iterable of tuples or mappings. Its order, and what augmentations draw from the
             global generators, depend on `seed` and the epoch alone.
         loss: `loss(output, batch) -> scalar`, averaged over the batch.
-        method: How sizes are trained, such as `BigNAS()`; None trains the full network alone.
+        method: How sizes are trained, such as `BigNAS()`; None trains the full network alone,
+            and `"auto"` picks a method, and says which and why.
         epochs: Passes through the data, at least 1; ignored where `steps` is given.
         steps: Number of optimizer steps, at least 1.
         optimizer: A name, whose weight decay leaves out biases and norm gains (tensors with
@@ -135,6 +138,8 @@ def train(
     module = module_of(net)
     with processes.failing_together(), _in_training(module, seed):
         total = epochs * _length(data) if steps is None else steps
+        if method == "auto":
+            method = _picked(net, data, loss, total, forward)
         schedule = _suggested(method) if schedule is None else schedule
         options = StepOptions(
             clip=clip,
@@ -248,6 +253,20 @@ def _start(
         net, optimizer, loss=loss, forward=forward, generator=source, options=options
     )
     return cast(Run, run)
+
+
+def _picked(
+    net: Network | nn.Module, data: Any, loss: Loss, steps: int, forward: Forward | None
+) -> Rule:
+    if isinstance(net, nn.Module):
+        raise SettingError(
+            f"method='auto' picks how sizes are trained, and a plain {type(net).__name__} has "
+            "none; make it elastic first, or leave method out"
+        )
+    choice = choose(net, data, loss, steps, forward)
+    if processes.rank() == 0:
+        Console().print(str(choice), highlight=False)
+    return choice.method
 
 
 def _suggested(method: Rule | None) -> str | Schedule | None:
