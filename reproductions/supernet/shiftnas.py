@@ -20,9 +20,9 @@ each, and uniform draws of sizes where the idea is off).
 
 History: before, the generator was tried by itself on costs alone, 600 steps of AdamW: with 16
 targets a step 11 to 43 % of its sizes came within 5 %, with 64 targets and logits four times as
-large 24 to 75 %. The latter is what ShiftNAS has; 256 targets (25 to 77 %) and 64 targets at rates of 0.01 (22 to 63 %) and 0.03 (15
-to 72 %) were tried, too. The threshold stayed as it was. `tune()` chose the largest of its
-rates for all arms.
+large 24 to 75 %. The latter is what ShiftNAS has; 256 targets (25 to 77 %) and 64 targets at
+rates of 0.01 (22 to 63 %) and 0.03 (15 to 72 %) were tried, too. The threshold stayed as it
+was. `tune()` chose the largest of its rates for all arms.
 
 Result: not reproduced. The dearest band gains two points over uniform draws of sizes (94.5
 against 92.6 %), as it does under uniform draws of bands (94.2 %), but the cheapest loses five
