@@ -25,10 +25,10 @@ thresholds are the same. The lowest rate was added to the grid when the second l
 
 Result: half of the claim. With half the layers SoFT is 0.08 nats per token better than an exit
 that was trained for as many steps again, in each seed. The full network pays for it: 3.3 % more
-perplexity than after ordinary fine-tuning, where 2 % were allowed. A likely reason: this network
-has 6 layers, and depths 3 to 6 share its loss equally, so that three quarters of the gradient
-are of depths that the ordinary fine-tuning does not train; the paper's have 40 layers, and the
-shallowest of eight depths is 12.
+perplexity than after ordinary fine-tuning, where 2 % were allowed. A likely reason: this
+network has 6 layers, and depths 3 to 6 share its loss equally, so that three quarters of the
+gradient are of depths that the ordinary fine-tuning does not train; the paper's have 40 layers,
+and the shallowest of eight depths is 12.
 """
 
 from __future__ import annotations
