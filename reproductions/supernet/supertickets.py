@@ -6,14 +6,13 @@ anew after that.
 
 Arms: the residual network for 8 x 8 images with any width at seven sites (8 to 24 channels,
 599,520 multiply-accumulates), 4,000 MNIST images in place of a network of branches on
-Fashion-MNIST, batches of 64, 1,000 steps of Nesterov SGD with a cosine, all of the full network.
-In each arm 90 % of the ticket's weights are zero in the end. The first searches and prunes
-in one run; the second (the idea switched off) searches in the same way and prunes by
-magnitude after the run, without another step; the third searches for 500 steps, prunes, and
-trains for 500 more with a cosine of its own. Statistics of all tickets are recalibrated on the
-same 20 batches. Seeds give initial weights and order to all arms alike. Each arm has the best
-of three learning rates by validation accuracy on a seed of its own: `tune()` found the
-`CHOSEN` ones beforehand.
+Fashion-MNIST, batches of 64, and 1,000 steps of Nesterov SGD with a cosine. In each arm 90 % of
+the ticket's weights are zero in the end. The first searches and prunes in one run; the second
+(the idea switched off) searches in the same way and prunes by magnitude after the run, without
+another step; the third searches for 500 steps, prunes, and trains for 500 more with a cosine of
+its own. Statistics of all tickets are recalibrated on the same 20 batches. Seeds give initial
+weights and order to all arms alike. Each arm has the best of three learning rates by validation
+accuracy on a seed of its own: `tune()` found the `CHOSEN` ones beforehand.
 
 Equal multiply-accumulates: removal of units stops at half of the full network's, where all arms
 arrive. What they really have differs, since the saving of a unit is estimated at the full
