@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,8 @@ class WithFeatures:
     Args:
         paths: Paths of the modules, as in `model.named_modules()`.
         forward: `forward(model, batch) -> output`; by default by the batch's type.
+        change: Module path to a function of the module's output, whose result takes the
+            output's place.
 
     Raises:
         SettingError: A module does not exist; the message names the nearest.
@@ -51,21 +53,21 @@ class WithFeatures:
 
     paths: Sequence[str]
     forward: Forward = run_model
+    change: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, batch: Any) -> Features:
         """Runs a model on a batch."""
         modules = dict(model.named_modules())
-        missing = [path for path in self.paths if path not in modules]
+        missing = [path for path in (*self.change, *self.paths) if path not in modules]
         if missing:
             raise SettingError(
                 f"there is no module '{missing[0]}' in {type(model).__name__}"
                 f"{nearest(missing[0], modules)}"
             )
         found: dict[str, Any] = {}
-        handles = [
-            modules[path].register_forward_hook(partial(_keep, found, path))
-            for path in self.paths
-        ]
+        hooks = [(path, partial(_change, change)) for path, change in self.change.items()]
+        hooks += [(path, partial(_keep, found, path)) for path in self.paths]
+        handles = [modules[path].register_forward_hook(hook) for path, hook in hooks]
         try:
             output = self.forward(model, batch)
         finally:
@@ -76,3 +78,7 @@ class WithFeatures:
 
 def _keep(found: dict[str, Any], path: str, module: nn.Module, args: Any, output: Any) -> None:
     found[path] = output
+
+
+def _change(change: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return change(output)

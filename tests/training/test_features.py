@@ -30,3 +30,11 @@ def test_nothing_stays_on_the_model():
 def test_a_module_that_is_not_there_is_named():
     with pytest.raises(SettingError, match=r"no module '00'.*'0'"):
         WithFeatures(["00"])(MODEL, X)
+
+
+def test_changed_outputs_take_the_place_of_what_modules_gave():
+    seen = WithFeatures(["0"], change={"0": lambda output: output * 2})(MODEL, X)
+    assert torch.equal(seen.features["0"], MODEL[0](X) * 2)
+    assert torch.equal(seen.output, MODEL[1:](MODEL[0](X) * 2))
+    with pytest.raises(SettingError, match="'9'"):
+        WithFeatures([], change={"9": torch.relu})(MODEL, X)
