@@ -8,10 +8,10 @@ Arms: the teacher is MiniLM (6 layers, 384 wide), which sees whole texts; the st
 same architecture with new random weights, with elastic FFNs, heads and depth (the width of the
 hidden states is fixed in this network). Both arms make `STEPS` steps of AdamW with a
 cosine on the same blocks of 32 tokens of the WikiText-2 validation text, of which the last
-tenth is held out (its second half is reported on), and one size per step. Two stages: the first half of the steps trains the
-largest size. OFF: all steps train random sizes, from the same first weights. Targets and masks
-are the same. The learning rate is the same for both arms and was not tuned: `LR`, a usual value
-for small transformers; no other was tried.
+tenth is held out (its second half is reported on), and one size per step. Two stages: the
+first half of the steps trains the largest size. OFF: all steps train random sizes, from the
+same first weights. Targets and masks are the same. The learning rate is the same for both arms
+and was not tuned: `LR`, a usual value for small transformers; no other was tried.
 
 Thresholds, set before the first run: any gain beyond the spread over seeds, in the mean
 held-out loss of 10 random sizes and in the mean test accuracy of linear probes (ridge
