@@ -27,13 +27,13 @@ Thresholds, set before the first run: 0 for both, as the catalogue of techniques
 History: the tuning came before, with the lengths and thresholds as they are. Both arms chose
 the largest of the rates.
 
-Result: not reproduced. After equal time the ten sizes have 89.7 % by example and 91.7 % by step,
-lower in every seed (by 1.1 to 3.4 points; in one seed the smallest size has 71.9 % against
-89.9 %). A gradient of sizes by example varies less than that of one size per step, in every
-seed (by 9, 12 and 21 %), which is the paper's claim for equal steps; but not by the factor 2.65
-that it costs here, and so the variance for equal time is 2.3 times that of single sizes. The
-draws' variance over examples, which both have, seems to be most of it: averaging over 64 sizes
-takes away only a tenth to a fifth.
+Result: not reproduced. After equal time the ten sizes have 89.7 % by example and 91.7 % by
+step, lower in every seed (by 1.1 to 3.4 points; in one seed the smallest size has 71.9 %
+against 89.9 %). A gradient of sizes by example varies less than that of one size per step, in
+every seed (by 9, 12 and 21 %), which is the paper's claim for equal steps; but not by the
+factor 2.65 that it costs here, and so the variance for equal time is 2.3 times that of single
+sizes. The draws' variance over examples, which both have, seems to be most of it: averaging
+over 64 sizes takes away only a tenth to a fifth.
 
 A likely reason for the cost: masked steps compute the whole network for every example, while
 the mean random size costs much less, and one processor core gains nothing from few large
