@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import supple.axes
+from supple.axes.base import Axis, Sharing
 from supple.errors import SettingError, nearest
 from supple.technique import make
 
@@ -15,14 +16,17 @@ __all__ = ["axes_of", "axis_names"]
 
 
 def axis_names() -> list[str]:
-    """Lists the axes, read from the file names.
+    """Lists the axes that a recipe can name, read from the file names.
+
+    What says which weights sizes share (`Sharing`) is up to the training method.
 
     Example:
         >>> "width" in axis_names()
         True
     """
     files = (path for folder in supple.axes.__path__ for path in Path(folder).glob("*.py"))
-    return sorted(f.stem for f in files if f.stem != "base" and not f.stem.startswith("_"))
+    names = sorted(f.stem for f in files if f.stem != "base" and not f.stem.startswith("_"))
+    return [name for name in names if not issubclass(_class_of(name), Sharing)]
 
 
 def axes_of(settings: Mapping[str, Mapping[str, Any] | None]) -> list[Any] | None:
@@ -59,6 +63,10 @@ def axis_of(name: str, settings: Mapping[str, Any] | None) -> Any:
             f"there is no axis {name!r}{nearest(name, axis_names())}; axes are "
             f"{', '.join(axis_names())}"
         )
+    return make(_class_of(name), settings, name=f"axis {name!r}")
+
+
+def _class_of(name: str) -> type[Axis]:
     module = importlib.import_module(f"supple.axes.{name}")
-    camel = "".join(part.title() for part in name.split("_"))
-    return make(getattr(module, camel), settings, name=f"axis {name!r}")
+    found: type[Axis] = getattr(module, "".join(part.title() for part in name.split("_")))
+    return found

@@ -11,11 +11,14 @@ def test_every_axis_file_is_an_axis_of_that_name():
         "exit": {"classifier": "head"},
         "tokens": {"at": ["blocks.1"]},
         "patch_size": {"choices": [4], "at": "embed"},
+        "placement": {"places": ["places.0", "places.1"], "number": 1},
+        "scale_depth": {"early": 2},
     }
     for name in axis_names():
         [axis] = axes_of({name: needed.get(name)})
         assert axis.name == name
     assert {"width", "heads", "depth", "resolution"} <= set(axis_names())
+    assert not {"copies", "routed"} & set(axis_names())  # a training method's business
 
 
 def test_settings_become_fields_and_nothing_leaves_the_choice_to_elastic():
