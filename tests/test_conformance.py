@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from supple.technique import technique, techniques
+from supple.technique import Rule, technique, techniques
 from supple.testing import rules
 from supple.testing.checks import Check, yield_checks
 
@@ -27,6 +27,9 @@ def _cases() -> list[pytest.ParameterSet]:
 def _warm() -> None:
     """Learns the operators' rules once, so that no technique is charged for them."""
     rules.network()
+    for cls in map(technique, techniques()):
+        if issubclass(cls, Rule) and cls.toy() is not None:
+            rules.network(cls.examples()[0])
 
 
 @pytest.mark.parametrize("check", _cases())
