@@ -17,7 +17,7 @@ from torch import Tensor
 
 from supple.errors import SettingError
 from supple.training.batches import Loss
-from supple.training.losses import Earlier, learnable, logits_of
+from supple.training.losses import Earlier, given_by, learnable, logits_of
 from supple.training.step import Pass
 
 __all__ = ["AlphaDistillation", "adaptive_divergence", "alpha_divergence", "mean_of"]
@@ -186,15 +186,11 @@ class AlphaDistillation:
         """Gives the divergence for the roles taught, and the user's loss for others."""
         if entry.role == self.teacher or (self.taught and entry.role not in self.taught):
             return self.loss(output, batch)
-        if not earlier.get(self.teacher):
-            raise SettingError(
-                f"the pass in role '{entry.role}' learns from role '{self.teacher}', which has "
-                "not run in this step; the sampler must give it first"
-            )
+        taught = given_by(self.teacher, entry, earlier)
         student = logits_of(output)
         total = adaptive_divergence(
             student,
-            mean_of(earlier[self.teacher], self.dim),
+            mean_of(taught, self.dim),
             alphas=self.alphas,
             limit=self.limit,
             dim=self.dim,

@@ -29,6 +29,7 @@ __all__ = [
     "Earlier",
     "Labels",
     "angular_margin",
+    "given_by",
     "learnable",
     "logits_of",
     "soft_cross_entropy",
@@ -105,11 +106,7 @@ class Distillation:
         """Gives the user's loss for the teacher, and the soft cross-entropy for the others."""
         if entry.role == self.teacher or (self.taught and entry.role not in self.taught):
             return self.loss(output, batch)
-        if not earlier.get(self.teacher):
-            raise SettingError(
-                f"the pass in role '{entry.role}' learns from role '{self.teacher}', which has "
-                "not run in this step; the sampler must give it first"
-            )
+        taught = given_by(self.teacher, entry, earlier)
         student = logits_of(output)
         where = learnable(batch, student, self.dim)
         each = [
@@ -120,12 +117,34 @@ class Distillation:
                 dim=self.dim,
                 where=where,
             )
-            for seen in earlier[self.teacher]
+            for seen in taught
         ]
         total = self.soft * torch.stack(each).mean()
         if self.labels:
             total = total + self.labels * self.loss(output, batch)
         return total
+
+
+def given_by(teacher: str, entry: Pass, earlier: Earlier) -> Sequence[Any]:
+    """Gives the outputs that a pass learns from.
+
+    Args:
+        teacher: The role that gave them.
+        entry: The pass.
+        earlier: Outputs of the passes before it, by role.
+
+    Returns:
+        The teacher's outputs, at least one.
+
+    Raises:
+        SettingError: The teacher has not run in this step.
+    """
+    if not earlier.get(teacher):
+        raise SettingError(
+            f"the pass in role '{entry.role}' learns from role '{teacher}', which has not run "
+            "in this step; the sampler must give it first"
+        )
+    return earlier[teacher]
 
 
 def logits_of(output: Any) -> Tensor:
