@@ -335,7 +335,7 @@ class Plan:
                 undo.put(vars(self._model), "__deepcopy__", self._copied_whole(undo))
             yield undo
         finally:
-            undo.undo()
+            undo.end()
             for place, owner in buffers:
                 now = place.module._buffers.get(place.attribute)
                 if now is not None and now.shape != owner.shape:
@@ -555,6 +555,15 @@ class Shadows:
                 del holder[name]
             else:
                 holder[name] = before
+
+    def end(self) -> None:
+        """Put back what was there before, for good, and let go of what stood in its place.
+
+        Some of that refers to this object: the tensors would otherwise stay in memory until
+        the garbage collector comes.
+        """
+        self.undo()
+        self._entries.clear()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

@@ -149,6 +149,18 @@ def test_after_at_nothing_is_left(family: str) -> None:
         assert torch.equal(value, values[name]), name
 
 
+def test_after_at_its_tensors_go_without_the_garbage_collector() -> None:
+    net = elastic(Tower(), torch.randn(2, 5), axes=[Width((0.5, 1.0))])
+    gc.disable()
+    try:
+        with net.at(net.space.smallest()):
+            weight = weakref.ref(net.module.stem.weight)
+            assert weight().shape == (6, 5)
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
 def test_after_an_exception_nothing_is_left() -> None:
     net = zoo_net("bert")
     before = state_of(net.module)
