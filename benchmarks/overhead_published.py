@@ -1,15 +1,16 @@
 """What a size costs beside the same network by itself, for five networks at published sizes.
 
 The protocol is that of `benchmarks.overhead` (its words for what is timed hold here), at the
-smallest size of half the widths, heads and blocks, on small inputs: one image of 96 x 96, or
-one text of 32 tokens. Small inputs are the harder case: entering a size and updating the full
-owners cost the same whatever the input.
+smallest size of half the widths, heads and blocks, on images of 96 x 96 or texts of 32 tokens:
+eight of them, as in that protocol, and one. Entering a size and updating the full owners cost
+the same whatever the input, so one input is the hardest case there is.
 
 `python -m benchmarks.overhead_published` writes `benchmarks/results/overhead_published.json`.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks._pairs import against, alternate
-from benchmarks.core import llama, tokens
-from benchmarks.overhead import LIMITS, PAIRS
+from benchmarks.core import llama
+from benchmarks.overhead import BATCH, LIMITS, PAIRS
 from supple.axes.depth import Depth
 from supple.axes.heads import Heads
 from supple.axes.width import Width
@@ -37,13 +38,16 @@ from supple.training.step import SizesRun, WholeOnly
 
 RESULT = Path(__file__).parent / "results" / "overhead_published.json"
 PIXELS = 96
+TOKENS = 32
+BATCHES = (BATCH[PIXELS], 1)
 Batch = dict[str, Tensor]
 
 
 def models() -> dict[str, Callable[[], tuple[nn.Module, Batch]]]:
-    """The networks, randomly initialised, each with what it is run on."""
+    """The networks, randomly initialised, each with one input."""
     t = transformers
     image = {"pixel_values": torch.randn(1, 3, PIXELS, PIXELS)}
+    text = {"input_ids": torch.randint(5, 1000, (1, TOKENS))}
     return {
         "resnet-50": lambda: (t.ResNetForImageClassification(t.ResNetConfig()), image),
         "vit-b/16": lambda: (
@@ -54,8 +58,8 @@ def models() -> dict[str, Callable[[], tuple[nn.Module, Batch]]]:
             t.SwinForImageClassification(t.SwinConfig(image_size=PIXELS, window_size=3)),
             image,
         ),
-        "bert-base": lambda: (t.BertForSequenceClassification(t.BertConfig()), tokens()),
-        "llama, 32 layers": lambda: llama(32),
+        "bert-base": lambda: (t.BertForSequenceClassification(t.BertConfig()), text),
+        "llama, 32 layers": lambda: (llama(32)[0], text),
     }
 
 
@@ -73,9 +77,10 @@ def step(net: Elastic | nn.Module, module: nn.Module, batch: Batch, at: Config |
     return lambda: run.step(batch)
 
 
-def measure(make: Callable[[], tuple[nn.Module, Batch]]) -> dict[str, Any]:
-    """Measures one network."""
-    module, batch = make()
+def measure(make: Callable[[], tuple[nn.Module, Batch]], count: int) -> dict[str, Any]:
+    """Measures one network on so many inputs."""
+    module, one = make()
+    batch = {name: torch.cat([value] * count) for name, value in one.items()}
     axes = [Width((0.5, 1.0)), Heads((0.5, 1.0)), Depth((0.5, 1.0))]
     net = elastic(module.eval(), kwargs=batch, axes=axes, verify=False)
     config = net.space.smallest()
@@ -97,7 +102,8 @@ def measure(make: Callable[[], tuple[nn.Module, Batch]]) -> dict[str, Any]:
     runs = {name: forward(sub) for name, sub in subs.items()}
     with net.at(config):
         times = alternate({"active": forward(module), **runs}, PAIRS)
-    row = {
+    row: dict[str, Any] = {
+        "batch": count,
         "params": sum(p.numel() for p in module.parameters()),
         "extracted_params": sum(p.numel() for p in subs["extracted"].parameters()),
         "forward": against(times, "active", "extracted"),
@@ -121,14 +127,15 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m benchmarks.overhead_published",
         "limits": {kind: limits[PIXELS] for kind, limits in LIMITS.items()},
-        "models": {},
+        "rows": [],
     }
-    for name, make in models().items():
-        row = figures["models"][name] = measure(make)
+    for count, (name, make) in itertools.product(BATCHES, models().items()):
+        row = {"network": name} | measure(make, count)
+        figures["rows"].append(row)
         write_json(RESULT, figures)
         kinds = ("forward", "forward_aa", "forward_entered", "step", "step_aa")
         said = ", ".join(f"{k} {row[k]['ratio']:.3f}" for k in kinds)
-        print(f"{name}: {said}", flush=True)
+        print(f"{name}, batch {count}: {said}", flush=True)
 
 
 if __name__ == "__main__":

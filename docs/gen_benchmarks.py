@@ -126,12 +126,13 @@ def published(result: dict[str, Any]) -> str:
     """Gives the table of `benchmarks.overhead_published`."""
     text = (
         "## Overhead at published sizes\n\nThe smallest size of half the widths, heads and "
-        f"blocks, on one small input. {_source(result, [])}\n\n"
-        "| network | parameters, of the size | forward | A/A | entered | step | A/A |\n"
-        "|---|---|---|---|---|---|---|\n"
+        f"blocks, on images of 96 x 96 or texts of 32 tokens. {_source(result, [])}\n\n"
+        "| network | batch | parameters, of the size | forward | A/A | entered | step | A/A |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
-    for name, row in result["models"].items():
+    for row in result["rows"]:
         cells = [
+            str(row["batch"]),
             f"{row['params'] / 1e6:.1f} M, {row['extracted_params'] / 1e6:.1f} M",
             _ratio(row["forward"], result["limits"]["forward"]),
             f"{row['forward_aa']['ratio']:.3f}",
@@ -139,7 +140,7 @@ def published(result: dict[str, Any]) -> str:
             _ratio(row["step"], result["limits"]["step"]),
             f"{row['step_aa']['ratio']:.3f}",
         ]
-        text += f"| {name} | {' | '.join(cells)} |\n"
+        text += f"| {row['network']} | {' | '.join(cells)} |\n"
     return text
 
 
