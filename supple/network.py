@@ -208,7 +208,8 @@ class Elastic:
 
         The full network keeps the module's own weights, if the sharing says so; what the
         sharing needs beside them is added to the module. Weights of the present sharing that
-        the new one has, too, stay as they are.
+        the new one has, too, stay as they are. A size that is active keeps what it has until
+        it is left.
 
         Args:
             sharing: Which weights each size has, such as `Copies`.
@@ -216,7 +217,8 @@ class Elastic:
         with self.sharing_all():
             others = self.axes
         self.axes = (*others, sharing)
-        self._add_parameters()
+        with self._suspended():
+            self._add_parameters()
         self.drop_statistics()
 
     @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 
 import supple
 from supple.axes.copies import Copies
+from supple.axes.depth import Depth
 from supple.axes.width import Width
 from supple.errors import SettingError
 from supple.training.touched import Touched
@@ -125,3 +126,18 @@ def test_copies_are_frozen_where_the_module_is():
         "2.supple_copy_1_weight": True,
         "2.supple_copy_1_bias": True,
     }
+
+
+def test_sharing_may_change_while_a_size_without_some_blocks_is_active():
+    class Residual(nn.Linear):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    tower = nn.Sequential(*(Residual(4, 4) for _ in range(3)))
+    net = supple.elastic(tower, X, axes=[Depth()], verify=False)
+    small, large = net.space.smallest(), net.space.largest()
+    with net.at(small):
+        active = net(X)
+        net.share(Copies(tuple({k: (v,) for k, v in c.items()} for c in (large, small))))
+        assert torch.equal(net(X), active)
+    assert len(net.added_parameters()) == 6
