@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pymoo.operators.crossover.sbx import cross_sbx
 from pymoo.operators.mutation.pm import mut_pm
-from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
-from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from supple.errors import SettingError
+from supple.search._ranking import ranked
 from supple.search.base import SearchAlgorithm, Told
 from supple.space import Space
 from supple.technique import register
@@ -94,7 +93,7 @@ class NSGA2(SearchAlgorithm):
         return self.population
 
     def select(self, pool: Told) -> Told:
-        rank, crowding = _ranked(pool)
+        rank, crowding = ranked(pool)
         order = np.lexsort((-crowding, rank))
         return pool.take(order[: self.population])
 
@@ -108,7 +107,7 @@ class NSGA2(SearchAlgorithm):
 
     def _tournament(self, parents: Told, random: np.random.Generator) -> IntArray:
         """Returns the indices of the pairs to cross, shape (2, pairs)."""
-        rank, crowding = _ranked(parents)
+        rank, crowding = ranked(parents)
         # Ties between equal ranks and crowding distances are drawn.
         order = np.lexsort((random.random(len(parents)), -crowding, rank))
         place = np.argsort(order)
@@ -170,29 +169,3 @@ def _with_genes(space: Space, pairs: IntArray, random: np.random.Generator) -> I
     drawn = random.integers(space.counts, size=shape)
     mates = np.where(here[::-1], pairs[::-1], drawn)
     return np.where(here, pairs, mates)
-
-
-def _ranked(told: Told) -> tuple[IntArray, FloatArray]:
-    """Returns the rank (0 is best) and crowding distance of each config.
-
-    Configs that break a constraint come after all others, the least violation first (Deb's
-    constraint domination); among them crowding plays no part.
-    """
-    rank = np.zeros(len(told), dtype=np.int64)
-    crowding = np.zeros(len(told))
-    good = np.flatnonzero(told.violations == 0)
-    fronts = NonDominatedSorting().do(told.values[good]) if len(good) else []
-    for number, front in enumerate(fronts):
-        rank[good[front]] = number
-        crowding[good[front]] = _crowding(told.values[good[front]])
-    bad = np.flatnonzero(told.violations > 0)
-    _, place = np.unique(told.violations[bad], return_inverse=True)
-    rank[bad] = len(fronts) + place
-    return rank, crowding
-
-
-def _crowding(values: FloatArray) -> FloatArray:
-    if len(values) <= 2:
-        return np.full(len(values), np.inf)
-    distance: FloatArray = calc_crowding_distance(values)
-    return distance

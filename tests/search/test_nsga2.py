@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from supple.errors import SettingError
+from supple.search._ranking import front, ranked
 from supple.search.base import Told
-from supple.search.nsga2 import NSGA2, _ranked
+from supple.search.nsga2 import NSGA2
 from supple.search.random_search import RandomSearch
 from supple.space import Site, Space
 from tests.search.problems import SPACE, searched
@@ -24,7 +25,7 @@ def told(values: list[list[float]], violations: list[float] | None = None) -> To
 def test_ranks_and_crowding_distances_by_hand() -> None:
     # Front 0: (0, 4) (1, 2) (4, 0); front 1: (2, 3) (3, 2); front 2: (4, 4).
     pool = told([[4, 4], [0, 4], [2, 3], [1, 2], [3, 2], [4, 0]])
-    rank, crowding = _ranked(pool)
+    rank, crowding = ranked(pool)
     assert rank.tolist() == [2, 0, 1, 0, 1, 0]
     # The middle of front 0: (4 - 0) / 4 + (4 - 0) / 4, as pymoo has it over 2 objectives.
     assert crowding[3] == pytest.approx(1.0)
@@ -42,10 +43,20 @@ def test_survival_takes_ranks_in_order_and_the_least_crowded_of_the_last() -> No
 
 def test_configs_that_break_a_constraint_come_after_all_others_by_violation() -> None:
     pool = told([[0, 0], [5, 5], [1, 1], [2, 2], [9, 9]], [0.5, 0.0, 0.1, np.inf, 0.1])
-    rank, _ = _ranked(pool)
+    rank, _ = ranked(pool)
     assert rank.tolist() == [2, 0, 1, 3, 1]
     kept = NSGA2(population=4).select(pool)
     assert kept.violations.tolist() == [0.0, 0.1, 0.1, 0.5]
+
+
+def test_the_front_is_rank_zero_also_with_repeats_and_violations() -> None:
+    random = np.random.default_rng(0)
+    for objectives in (1, 2, 3):
+        pool = told(random.integers(6, size=(40, objectives)).tolist())
+        assert front(pool).tolist() == np.flatnonzero(ranked(pool)[0] == 0).tolist()
+    assert front(told([[1, 1], [0, 0], [2, 2]], [0.5, 0.7, 0.5])).tolist() == [0, 2]
+    assert front(told([[1, 1], [0, 0], [2, 2]], [0.0, 0.7, 0.0])).tolist() == [0]
+    assert len(front(told([[1, 1]]).take(slice(0, 0)))) == 0
 
 
 def test_children_stay_inside_and_the_outer_choices_are_reached() -> None:
