@@ -243,13 +243,23 @@ class Search(Technique):
     kind: ClassVar[str] = "search"
 
     @abstractmethod
-    def start(self, space: Any, objectives: Any, generator: Any) -> SearchRun:
+    def start(
+        self,
+        space: Any,
+        objectives: Any,
+        generator: Any,
+        *,
+        exact: Mapping[str, Any] | None = None,
+        violation: Any = None,
+    ) -> SearchRun:
         """Begins a search.
 
         Args:
             space: The `supple.Space` to search.
             objectives: Names of the values that `tell` will be given, all to be minimised.
             generator: Source of all randomness.
+            exact: For some objectives, by name, what gives them without an evaluation.
+            violation: What gives violations of constraints without an evaluation.
 
         Returns:
             A run with `ask(n) -> configs`, `tell(configs, values)` and `state_dict`.

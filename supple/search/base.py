@@ -10,8 +10,8 @@ where it stopped, and several workers that tell each other's results walk one se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ from supple.errors import CheckpointError, SettingError
 from supple.space import Config, Randomness, Space, numpy_generator
 from supple.technique import Search
 
-__all__ = ["AskTell", "SearchAlgorithm", "Told"]
+__all__ = ["AskTell", "Exact", "Problem", "SearchAlgorithm", "Told"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+Exact = Callable[[IntArray], Any]
+"""Gives a value of each encoded config of shape (configs, sites) without an evaluation."""
 
 _BATCH = 32
 _PATIENCE = 500
@@ -64,6 +66,34 @@ class Told:
         )
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is searched, and for what.
+
+    Args:
+        space: The configs.
+        objectives: Names of the values, all to be minimised.
+        exact: For some of the objectives, by name, what gives them without an evaluation: the
+            same numbers that `tell` will be given.
+        violation: What gives how far configs are beyond the constraints, as `tell` will be
+            told; None where only evaluations tell.
+    """
+
+    space: Space
+    objectives: tuple[str, ...]
+    exact: Mapping[str, Exact] = field(default_factory=dict)
+    violation: Exact | None = None
+
+    def __post_init__(self) -> None:
+        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise SettingError(f"objectives must be distinct and some, got {self.objectives}")
+        unknown = [name for name in self.exact if name not in self.objectives]
+        if unknown:
+            raise SettingError(
+                f"exact values are of objectives, {list(self.objectives)}, got {unknown[0]!r}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchAlgorithm(Search):
     """Base of searches over a `Space`: one seeded stream of candidates per generation.
@@ -71,22 +101,37 @@ class SearchAlgorithm(Search):
     The defaults learn nothing: candidates are drawn at random.
     """
 
-    def start(self, space: Space, objectives: Sequence[str], generator: Randomness) -> AskTell:
+    def start(
+        self,
+        space: Space,
+        objectives: Sequence[str],
+        generator: Randomness,
+        *,
+        exact: Mapping[str, Exact] | None = None,
+        violation: Exact | None = None,
+    ) -> AskTell:
         """Begins a search.
 
         Args:
             space: What to search.
             objectives: Names of the values that `tell` will be given, all to be minimised.
             generator: A `torch.Generator`, a NumPy generator, or a seed.
+            exact: For some of the objectives, by name, what gives them for encoded configs
+                without an evaluation, such as `lambda rows: net.costs(rows)["macs"]`. Searches
+                that predict make use of it.
+            violation: What gives violations of constraints for encoded configs; None where
+                only evaluations tell.
 
         Returns:
             The search in progress.
 
         Raises:
-            SettingError: There is no objective, or two have the same name.
+            SettingError: There is no objective, two have the same name, or an exact value is
+                of none.
         """
         seed = int(numpy_generator(generator).integers(2**62))
-        return AskTell(self, space, objectives, seed)
+        problem = Problem(space, tuple(objectives), dict(exact or {}), violation)
+        return AskTell(self, problem, seed)
 
     @property
     def generation(self) -> int:
@@ -117,29 +162,37 @@ class SearchAlgorithm(Search):
         """
         return space.random_many(_BATCH, random)
 
+    def propose_for(
+        self, problem: Problem, parents: Told, random: np.random.Generator
+    ) -> IntArray:
+        """Does what `propose` does, for searches that use what is known without evaluations.
+
+        Args:
+            problem: What is searched, and for what.
+            parents: What `select` kept; empty in the first generation.
+            random: Source of all randomness.
+
+        Returns:
+            Encoded canonical configs, shape (candidates, sites), at least one.
+        """
+        return self.propose(problem.space, parents, random)
+
 
 class AskTell:
     """A search in progress.
 
     Args:
         algorithm: What selects and proposes.
-        space: What to search.
-        objectives: Names of the values, all to be minimised.
+        problem: What is searched, and for what.
         seed: At least 0.
-
-    Raises:
-        SettingError: There is no objective, or two have the same name.
     """
 
-    def __init__(
-        self, algorithm: SearchAlgorithm, space: Space, objectives: Sequence[str], seed: int
-    ) -> None:
+    def __init__(self, algorithm: SearchAlgorithm, problem: Problem, seed: int) -> None:
         self.algorithm = algorithm
-        self.space = space
-        self.objectives = tuple(objectives)
+        self.problem = problem
+        self.space = problem.space
+        self.objectives = problem.objectives
         self.seed = seed
-        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
-            raise SettingError(f"objectives must be distinct and some, got {self.objectives}")
         self._reset()
 
     def _reset(self) -> None:
@@ -265,7 +318,7 @@ class AskTell:
     def _candidates(self) -> Iterator[IntArray]:
         for step in itertools.count():
             random = np.random.default_rng([self.seed, self._generation, step])
-            rows = self.algorithm.propose(self.space, self._parents, random)
+            rows = self.algorithm.propose_for(self.problem, self._parents, random)
             yield from np.ascontiguousarray(rows)
 
     def _anything_new(self) -> Iterator[IntArray]:

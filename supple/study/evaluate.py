@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from supple.errors import SettingError, nearest
@@ -21,6 +22,7 @@ from supple.training.step import Network as Trained
 __all__ = ["Costs", "Evaluator", "NamedCost", "Network", "fingerprint"]
 
 CostFunction = Callable[[list[Config]], Any]
+RowFunction = Callable[[NDArray[Any]], Any]
 
 
 class NamedCost(Protocol):
@@ -61,8 +63,11 @@ class Network(Trained, Protocol):
     def extract(self, config: Config) -> nn.Module:
         """Gives a size as a module of its own."""
 
-    def costs(self, configs: list[Config]) -> Mapping[str, Any]:
-        """Gives closed-form costs by name, an array of one value per size each."""
+    def costs(self, configs: list[Config] | NDArray[Any]) -> Mapping[str, Any]:
+        """Gives closed-form costs by name, an array of one value per size each.
+
+        Sizes may be given as encoded configs, shape (sizes, sites).
+        """
 
     def has_running_statistics(self) -> bool:
         """Says whether any batch normalization keeps running statistics."""
@@ -104,6 +109,27 @@ class Costs:
         """Of costs that are predicted the median relative error, by name."""
         found = {name: getattr(cost, "error", None) for name, cost in self._own.items()}
         return {name: float(error) for name, error in found.items() if error is not None}
+
+    def exact(self) -> dict[str, RowFunction]:
+        """Gives the costs that need no measurement, by name, as functions of encoded configs.
+
+        Where a closed-form cost is asked for, all of them are there. Functions of the user's
+        own are not: they may measure.
+        """
+        models = [name for name in self.errors if name in self.names]
+        exact: dict[str, RowFunction] = {
+            name: functools.partial(self._predicted, name) for name in models
+        }
+        if self._closed:
+            known = self._net.costs([self._net.space.largest()])
+            exact |= {name: functools.partial(self._priced, name) for name in known}
+        return exact
+
+    def _priced(self, name: str, rows: NDArray[Any]) -> Any:
+        return self._net.costs(rows)[name]
+
+    def _predicted(self, name: str, rows: NDArray[Any]) -> Any:
+        return self._own[name](self._net.space.decode_many(rows))
 
     def check_predicted(self, config: Config, values: Mapping[str, float]) -> None:
         """Refuses to go on with costs that were predicted by another model.

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from supple.errors import SettingError, nearest
 from supple.quantity import Bound, bound, unit_of
 from supple.space import Config, Randomness
-from supple.study.evaluate import CostNames, Costs, Evaluator, Network, fingerprint
+from supple.study.evaluate import (
+    CostNames,
+    Costs,
+    Evaluator,
+    Network,
+    RowFunction,
+    fingerprint,
+)
 from supple.study.front import Front, Point
 from supple.study.objectives import Objective, minimised, objectives_of
 from supple.study.progress import SearchProgress
@@ -128,8 +136,9 @@ def pareto(
         _begin(store, net, evaluator, sought, evaluations)
         for known in store.results()[:1]:
             priced.check_predicted(known.config, known.values)
-        search = _started(algorithm, net, store, seed)
-        loop = _Loop(store, search, evaluator, sought, evaluations, where or {})
+        bounds = {name: bound(text, unit_of(name)) for name, text in (where or {}).items()}
+        search = _started(algorithm, net, store, seed, priced.exact(), bounds)
+        loop = _Loop(store, search, evaluator, sought, evaluations, bounds)
         loop.offer([net.space.largest(), net.space.smallest()])
         with SearchProgress(evaluations, store.objectives, name, shown=progress) as shown:
             loop.run(shown)
@@ -157,11 +166,31 @@ def _sought(
 
 
 def _started(
-    algorithm: Search | None, net: Network, store: StudyStore, seed: Randomness
+    algorithm: Search | None,
+    net: Network,
+    store: StudyStore,
+    seed: Randomness,
+    exact: Mapping[str, RowFunction],
+    bounds: Mapping[str, Bound],
 ) -> AskTell:
+    """Starts the search, which is told what costs and bounds need no evaluation."""
     names = [objective.name for objective in store.objectives]
     algorithm = algorithm or technique(_DEFAULT)()
-    return cast(AskTell, algorithm.start(net.space, names, seed))
+    known = {name: function for name, function in exact.items() if name in names}
+    priced = set(bounds) <= set(exact)
+    violation = functools.partial(_violations, exact, bounds) if priced else None
+    started = algorithm.start(net.space, names, seed, exact=known, violation=violation)
+    return cast(AskTell, started)
+
+
+def _violations(
+    exact: Mapping[str, RowFunction], bounds: Mapping[str, Bound], rows: NDArray[Any]
+) -> NDArray[np.float64]:
+    """How far encoded configs are beyond bounds of costs that need no evaluation."""
+    total = np.zeros(len(rows))
+    for name, limit in bounds.items():
+        total += [limit.excess(float(value)) for value in np.asarray(exact[name](rows))]
+    return total
 
 
 def _new_file(name: str) -> Path:
@@ -200,14 +229,14 @@ class _Loop:
         evaluator: Evaluator,
         sought: Callable[[Evaluation], tuple[Objective, ...]],
         limit: int,
-        where: Mapping[str, str],
+        bounds: Mapping[str, Bound],
     ) -> None:
         self._store = store
         self._search = search
         self._evaluator = evaluator
         self._sought = sought
         self._limit = limit
-        self._where = {name: bound(text, unit_of(name)) for name, text in where.items()}
+        self._bounds = bounds
         self._told: set[Config] = set()
         self._first: deque[Config] = deque()
 
@@ -244,7 +273,7 @@ class _Loop:
         if new:
             values = minimised(self._store.objectives, (result.values for result in new))
             configs = [result.config for result in new]
-            if self._where:
+            if self._bounds:
                 beyond = np.array([self._violation(result) for result in new])
                 self._search.tell(configs, values, violations=beyond)
             else:
@@ -254,7 +283,7 @@ class _Loop:
         return len(results)
 
     def _violation(self, result: Evaluation) -> float:
-        return sum(_excess(result, name, limit) for name, limit in self._where.items())
+        return sum(_excess(result, name, limit) for name, limit in self._bounds.items())
 
     def _next(self) -> Config | None:
         while self._first:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.errors import CheckpointError, SettingError
-from supple.search.base import AskTell, SearchAlgorithm
+from supple.search.base import AskTell, Problem, SearchAlgorithm, Told
 from supple.search.nsga2 import NSGA2
 from supple.search.random_search import RandomSearch
 from supple.space import Config, Site, Space
@@ -87,6 +87,28 @@ def test_the_state_of_another_search_is_refused() -> None:
         RandomSearch().start(SPACE, ["loss"], 0).load_state_dict(state)
     with pytest.raises(CheckpointError, match="other objectives"):
         RandomSearch().start(SMALL, ["cost"], 0).load_state_dict(state)
+
+
+def test_what_is_known_without_an_evaluation_reaches_the_proposals() -> None:
+    class Exhaustive(RandomSearch):
+        def propose_for(self, problem: Problem, parents: Told, random: object) -> np.ndarray:
+            rows = problem.space.every()
+            assert problem.violation is not None
+            order = np.lexsort((problem.exact["cost"](rows), problem.violation(rows)))
+            return rows[order]
+
+    def cost(rows: np.ndarray) -> np.ndarray:
+        return rows.sum(axis=1)
+
+    def violation(rows: np.ndarray) -> np.ndarray:
+        return (rows[:, 0] == 0).astype(float)
+
+    run = Exhaustive().start(
+        SMALL, ["loss", "cost"], 0, exact={"cost": cost}, violation=violation
+    )
+    assert run.ask(1) == [Config({"a": 2, "b": 1})]
+    with pytest.raises(SettingError, match="exact values are of objectives"):
+        Exhaustive().start(SMALL, ["loss"], 0, exact={"cost": cost})
 
 
 @both

@@ -61,7 +61,9 @@ class Net:
         small.config = config
         return small
 
-    def costs(self, configs: list[Config]) -> dict[str, np.ndarray]:
+    def costs(self, configs: list[Config] | np.ndarray) -> dict[str, np.ndarray]:
+        if isinstance(configs, np.ndarray):
+            configs = self.space.decode_many(configs)
         params = np.array([sum(config.values()) for config in configs])
         return {"params": params, "macs": params**2}
 

@@ -103,6 +103,36 @@ def test_a_search_that_stopped_goes_on_as_if_it_had_not(
     assert parts.entered == whole.entered
 
 
+def test_a_search_is_given_what_costs_and_bounds_need_no_evaluation() -> None:
+    class Model:
+        name, error = "latency[predicted]", 0.01
+
+        def __call__(self, configs: list[Config]) -> np.ndarray:
+            return np.array([config["a"] / 2 for config in configs])
+
+    given: dict[str, Any] = {}
+
+    class Watching(RandomSearch):
+        def start(self, *args: Any, **known: Any) -> Any:
+            given.update(known)
+            return super().start(*args, **known)
+
+    net = Net()
+    rows = net.space.encode_many([{"a": 1}, {"a": 4}])  # 10 and 13 parameters
+    search = functools.partial(
+        quiet, net, accuracy, algorithm=Watching(), evaluations=2, study=":memory:"
+    )
+    search(["params", Model()], where={"params": "<= 10", "latency[predicted]": "<= 1 s"})
+    assert set(given["exact"]) == {"params", "latency[predicted]"}
+    np.testing.assert_array_equal(given["exact"]["params"](rows), net.costs(rows)["params"])
+    assert given["exact"]["latency[predicted]"](rows).tolist() == [0.5, 2.0]
+    assert given["violation"](rows) == pytest.approx([0.0, 3 / 10 + 1])
+    search(["params"], where={"accuracy": ">= 0.1"})
+    assert given["violation"] is None
+    search({"own": lambda configs: np.ones(len(configs))})
+    assert given["exact"] == {}
+
+
 def test_nsga2_is_the_default_and_another_seed_searches_elsewhere() -> None:
     default, other, named = Net(), Net(), Net()
     quiet(default, accuracy, ["params"], evaluations=12, study=":memory:")
