@@ -35,7 +35,9 @@ def test_neighbours_are_all_that_differ_in_one_site() -> None:
 def test_the_neighbours_of_the_best_come_first_and_then_those_of_the_next_best() -> None:
     space = Space([Site(name, "width", (0, 1, 2), 2) for name in "abc"])
     run = LocalSearch().start(space, ["loss"], 0)
-    run.tell(np.array([[2, 2, 2], [1, 1, 1], [0, 0, 0]]), [[2.0], [1.0], [0.0]])
+    run.tell(
+        np.array([[0, 0, 0], [2, 2, 2], [1, 1, 1], [0, 1, 2]]), [[0.0], [3.0], [1.0], [2.0]]
+    )
     nearest = [row for _ in range(12) for row in run.ask_rows(1)]
     assert [(row != 0).sum() for row in nearest[:6]] == [1] * 6
     assert [(row != 1).sum() for row in nearest[6:]] == [1] * 6
