@@ -41,6 +41,9 @@ class DepthSite(Site):
 class Depth(Axis):
     """Makes the number of residual blocks of every stack elastic.
 
+    A module that is called several times in a row (ALBERT's shared layer, a recurrent block)
+    gives a site `<path>.calls`: how many of its calls are made, always the first ones.
+
     Args:
         choices: Block counts on offer per stack, counting the blocks that can be left out:
             fractions (floats in (0, 1]) or counts (integers). None offers every count.
