@@ -3,7 +3,7 @@
 Two tasks, each a *cell* per method and seed:
 
 - `cifar`: a MobileNetV3-like network from scratch on 10,000 CIFAR-10 images of 16 x 16 pixels,
-  three seeds, 4,800 forward-backward passes of 64 images;
+  three seeds, 3,600 forward-backward passes of 64 images;
 - `llama`: a pretrained Llama of 5.5 M parameters fine-tuned on WikiText, one seed, 240 passes
   of eight blocks of 64 tokens.
 
@@ -12,11 +12,14 @@ frozen teachers are extra, and show in the seconds). Five sizes of a nested chai
 smallest to the largest are scored on the test set, with recalibrated statistics. *Alone* trains
 each of them by itself, with a quarter of the passes: as many steps as a method with four passes
 per step makes. A method that suggests a learning-rate schedule keeps it, the others have a
-cosine; the peak rate is the same for all.
+cosine; the peak rate is the same for all. A pass of sortednet is of a quarter of a batch: its
+micro-steps share one. Techniques that make another network than the sizes compared here are
+not in the table: supertickets (sparse masks), sorted-llama (depths only), lighthubert (masked
+frames), controllable-multitask (several tasks).
 
-`python -m benchmarks.supernet` measures the cells that are missing, two at a time with one
-thread each, and writes `benchmarks/results/supernet.json` after each, and a picture per task
-into `docs/images`. Words choose cases: `python -m benchmarks.supernet cifar bignas`.
+`python -m benchmarks.supernet` measures the cells that are missing, one per core at a time,
+writes `benchmarks/results/supernet.json` after each, and a picture per task into `docs/images`.
+Words choose cases: `python -m benchmarks.supernet cifar bignas`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -86,27 +90,41 @@ class Task:
     methods: Mapping[str, tuple[str, Settings, float]]
 
 
+SHARED: dict[str, tuple[str, Settings, float]] = {
+    "bignas": ("supernet/bignas", {}, 4),
+    "deps": ("supernet/deps", {}, 2.33),
+    "elasticvit": ("supernet/elasticvit", {}, 4),
+    "shiftnas": ("supernet/shiftnas", {}, 2),
+    "few-shot-nas-gm": ("supernet/few-shot-nas-gm", {"repeats": 5}, 4),
+    "mixture-of-supernets": ("supernet/mixture-of-supernets", {}, 1),
+    "balanced-supernets": ("supernet/balanced-supernets", {"where": "*depth"}, 1),
+    "pa-da": ("supernet/pa-da", {}, 1),
+    "sortednet": ("supernet/sortednet", {"micro_steps": 4}, 4),
+    "variant": ("supernet/variant", {}, 1),
+}
+FROM_SCRATCH: dict[str, tuple[str, Settings, float]] = {
+    "once-for-all": ("supernet/once-for-all", {}, 2.08),
+    "efficienttdnn": ("supernet/efficienttdnn", {}, 1),
+}
+PRETRAINED: dict[str, tuple[str, Settings, float]] = {
+    "instatune": ("supernet/instatune", {}, 2),
+    "autodistil": ("supernet/autodistil", {}, 4),
+    "vit-resnas": ("supernet/vit-resnas", {}, 1),
+}
 TASKS = {
     "cifar": Task(
-        passes=4800,
+        passes=3600,
         seeds=(0, 1, 2),
         lr=3e-3,
         metric="accuracy",
-        methods={
-            "bignas": ("supernet/bignas", {}, 4),
-            "sortednet": ("supernet/sortednet", {"micro_steps": 4}, 4),
-            "once-for-all": ("supernet/once-for-all", {}, 2.08),
-        },
+        methods=SHARED | FROM_SCRATCH,
     ),
     "llama": Task(
         passes=240,
         seeds=(0,),
         lr=3e-4,
         metric="perplexity",
-        methods={
-            "bignas": ("supernet/bignas", {}, 4),
-            "sortednet": ("supernet/sortednet", {"micro_steps": 4}, 4),
-        },
+        methods=SHARED | PRETRAINED,
     ),
 }
 
@@ -268,10 +286,15 @@ def missing(words: Sequence[str], figures: Mapping[str, Any]) -> Iterator[tuple[
 def code_of(task: str, method: str) -> str:
     """Says of which code a cell is: the method's file, its settings, and the task."""
     what = TASKS[task]
-    key, settings, each = what.methods.get(method, ("", {}, 4))
+    return code(what.methods.get(method, ("", {}, 4)), f"{what.passes} {what.lr}")
+
+
+def code(method: tuple[str, Settings, float], budget: object) -> str:
+    """Gives a digest of a method's file and settings, and of the budget it was run with."""
+    key, settings, each = method
     file = HERE.parent / "supple" / f"{key.replace('-', '_')}.py"
-    text = f"{what.passes} {what.lr} {sorted(settings.items())} {each}"
     content = file.read_bytes() if key else b""
+    text = f"{budget} {sorted(settings.items())} {each}"
     return hashlib.sha256(text.encode() + content).hexdigest()[:12]
 
 
@@ -365,7 +388,7 @@ def main(words: list[str]) -> None:
         net = network(task, 0)
         figures["macs"][task] = [float(m) for m in net.costs(sizes(net))["macs"]]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         running = {pool.submit(cell, *job): job for job in jobs}
         for done in as_completed(running):
             task, method, seed = running[done]

@@ -5,6 +5,7 @@ The page is made while the site is built and is not kept in the repository.
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ them by itself with a quarter of the passes: as many steps as a method with four
 makes; its passes are those of all five. `cifar`: a MobileNetV3-like network from scratch on
 10,000 CIFAR-10 images of 16 x 16 pixels. `llama`: a pretrained Llama of 5.5 M parameters,
 fine-tuned on WikiText; perplexity per token, lower is better. Seconds are of one core.
+
+The sizes compared lie on one nested chain. `variant` and `sortednet` train no others, which
+helps them here; the next section is about sizes all over the space. A pass of `sortednet` is of
+a quarter of a batch. Methods with one pass per step make more steps than those with four.
 """
 
 
@@ -81,8 +86,12 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         text += "\n" + core(found["core"])
     if "supernet" in found:
         text += "\n" + supernet(found["supernet"])
+    if "ranking" in found:
+        text += "\n" + ranking(found["ranking"])
     if "nb_mini" in found:
         text += "\n" + nb_mini(found["nb_mini"])
+    if "family" in found:
+        text += "\n" + family(found["family"])
     return text
 
 
@@ -194,6 +203,52 @@ def supernet(result: dict[str, Any]) -> str:
             )
         text += f"\n![{task}](images/supernet-{task}.png)\n"
     return text
+
+
+def ranking(result: dict[str, Any]) -> str:
+    """Gives the table of `benchmarks.ranking`."""
+    text = (
+        "## How well a network trained for all sizes ranks them\n\n"
+        "The network and the sizes of the next section, trained together by each method with "
+        "1,200 passes. Kendall's tau is between its accuracies of the 92 sizes and those of "
+        f"the sizes trained alone: {result['ceiling']:.2f} is what a second training alone "
+        f"reaches, {result['cost_tau']:.2f} what the bare cost does. Regret is what is lost, "
+        "in points, by taking the size with the best score: of all, and of those that cost at "
+        f"most half of the largest. Means of three seeds. {_source(result, [])}\n\n"
+        "| method | tau | regret | regret at half | mean accuracy, % | seconds |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for name, cell in result["cells"].items():
+        by_method.setdefault(name.split("/")[0], []).append(cell)
+    for method, cells in by_method.items():
+        means = {key: statistics.fmean(cell[key] for cell in cells) for key in _RANKED}
+        text += (
+            f"| {method} | {means['tau']:.3f} | {100 * means['regret']:.2f} | "
+            f"{100 * means['regret_at_half']:.2f} | {100 * means['mean_accuracy']:.1f} | "
+            f"{means['cpu_seconds']:.0f} |\n"
+        )
+    return text
+
+
+_RANKED = ("tau", "regret", "regret_at_half", "mean_accuracy", "cpu_seconds")
+
+
+def family(result: dict[str, Any]) -> str:
+    """Gives the text and the picture of `benchmarks.family`."""
+    setting, figures = result["setting"], result["summary"]
+    return (
+        "## What a family costs\n\n"
+        f"{_source(result, [])}\n\nAll training images of CIFAR-10 at 16 x 16 pixels, one "
+        f"seed. One training by `{setting['method']}` with {setting['longer']} times the steps "
+        f"of a size trained alone ({setting['epochs']} epochs) gave {figures['sizes']} sizes "
+        f"at {figures['times_the_largest_seconds']:.2f} times the cost of training the largest "
+        f"alone, and {figures['times_all_alone_seconds']:.2f} times that of training each. "
+        "Against the sizes trained alone, accuracies differ by "
+        f"{figures['mean_gap_points']:+.2f} points in the mean "
+        f"({figures['worst_gap_points']:+.2f} to {figures['best_gap_points']:+.2f}).\n\n"
+        "![accuracy by multiply-accumulates](images/family.png)\n"
+    )
 
 
 def nb_mini(result: dict[str, Any]) -> str:
