@@ -377,7 +377,7 @@ class StudyStore:
             # A beat that a busy database or an absent one loses does not matter: the next
             # one counts.
             lost = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
-            with contextlib.suppress(*lost), _quiet():
+            with contextlib.suppress(*lost), quiet():
                 storage.record_heartbeat(trial)
 
         return beating(beat, _BEAT_SECONDS)
@@ -615,7 +615,7 @@ class StudyStore:
     def _guard(self) -> Iterator[None]:
         """Names the file in whatever the database raises, and keeps optuna quiet."""
         try:
-            with _quiet():
+            with quiet():
                 yield
         except SuppleError:
             raise
@@ -669,7 +669,7 @@ def _without_experimental_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps optuna from logging every step, and leaves its setting as it was."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
