@@ -256,11 +256,16 @@ class _Tables(Fitted):
 
     def predict(self, rows: Rows) -> FloatArray:
         encoded = _encoded(self.space, rows)
+        parts = [
+            self._predict(encoded[start : start + _CHUNK])
+            for start in range(0, len(encoded), _CHUNK)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def _predict(self, encoded: NDArray[Any]) -> FloatArray:
         here = self.space.present(encoded)
-        total = np.full(len(encoded), self._constant)
-        for column, offset in enumerate(self._offsets):  # memory of one site at a time
-            total += self._numbers[encoded[:, column] + offset] * here[:, column]
-        return total
+        total: FloatArray = np.where(here, self._numbers[encoded + self._offsets], 0.0).sum(1)
+        return total + self._constant
 
     def uncertainty(self, rows: Rows) -> FloatArray:
         covariance, variance = self._posterior
