@@ -8,9 +8,10 @@ Arms: the elastic network of `benchmarks.nb_mini` (46,656 sizes), with one rando
 Adam and a cosine, on the same 2,000 images: mixtures of two experts by layer for 600 steps,
 plain sharing for 600 steps, and plain sharing for 1,200. The figure is the mean gap of 20
 sizes of the table, spread evenly over its costs: test accuracy when trained alone (150 steps
-each) less test accuracy inside the supernet, recalibrated. Each arm is to have the best of
-three learning rates by validation accuracy of these sizes, on a seed of its own, as `tune()`
-finds it; it has not been run yet, and `CHOSEN` holds the middle rate for all arms until then.
+each) less test accuracy inside the supernet, recalibrated. Each arm has the best of five
+learning rates by validation accuracy of these sizes, on a seed of its own: `tune()` found the
+`CHOSEN` ones beforehand (routed 0.873, plain 0.884, longer 0.899). The grid had three rates at
+first, and got 0.1 since all arms chose the largest, and 0.3 since both plain ones did again.
 
 Thresholds: any gain in the gap, at equal and at double steps. That routers are no constant is
 claimed beside it (then experts would merely be averaged): the standard deviation of routing
@@ -38,23 +39,21 @@ from supple.training.recalibrate import recalibrate
 __all__ = ["DATA", "OFF", "ON", "claims"]
 
 STEPS, SIZES = 600, 20
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TUNING_SEED = 1000
 
 ON = MixtureOfSupernets()
 OFF = SupernetRule()
 Arm = tuple[SupernetRule, int]
 ROUTED, PLAIN, LONGER = (ON, STEPS), (OFF, STEPS), (OFF, 2 * STEPS)
-CHOSEN: dict[Arm, float] = {ROUTED: 1e-2, PLAIN: 1e-2, LONGER: 1e-2}
+CHOSEN: dict[Arm, float] = {ROUTED: 3e-2, PLAIN: 1e-1, LONGER: 1e-1}
 Result = tuple[list[float], float, float]
 
 
 def claims(method: SupernetRule, seeds: Sequence[int]) -> Iterator[Claim]:
     """Compares gaps of routed and shared weights; tells routing and what cutting out costs."""
-    arms = [(method, STEPS), PLAIN, LONGER]
-    cases = [(*arm, CHOSEN[arm], seed, "test") for arm in arms for seed in seeds]
-    rows = across(supernet, cases)
-    ours, plain, longer = (rows[i * len(seeds) : (i + 1) * len(seeds)] for i in range(3))
+    found = arms(tuple(seeds))
+    ours, plain, longer = found[method, STEPS], found[PLAIN], found[LONGER]
     alone = statistics.fmean(nb_mini.table()[i] for i in chosen())
 
     def gaps(found: list[Result]) -> list[float]:
@@ -97,6 +96,14 @@ def claims(method: SupernetRule, seeds: Sequence[int]) -> Iterator[Claim]:
         better="lower",
         unit="greatest difference of a logit",
     )
+
+
+@cache
+def arms(seeds: tuple[int, ...]) -> dict[Arm, list[Result]]:
+    """Gives the results of each arm by seed."""
+    cases = [(*arm, CHOSEN[arm], seed, "test") for arm in CHOSEN for seed in seeds]
+    found, count = across(supernet, cases), len(seeds)
+    return {arm: found[i * count : (i + 1) * count] for i, arm in enumerate(CHOSEN)}
 
 
 @cache
