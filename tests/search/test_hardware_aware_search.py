@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from supple.errors import SettingError
-from supple.predictors import Fitted, Ridge, RidgeSVR
+from supple.predictors import Fitted, Ridge, SupportVectors
 from supple.search._predicted import evolved, prices
 from supple.search._ranking import ranked
 from supple.search.base import AskTell, Problem, Told
@@ -156,7 +156,7 @@ def test_the_predictor_of_the_settings_is_used() -> None:
     values = loss_and_cost(known)
     parents = Told(known, values, np.zeros(len(known)))
     task = Problem(SPACE, ("loss", "cost"))
-    for name, method in (("ridge", Ridge()), ("ridge-svr", RidgeSVR())):
+    for name, method in (("ridge", Ridge()), ("svr", SupportVectors())):
         search = HardwareAwareSearch(population=12, candidates=60, predictor=name)
         random = np.random.default_rng(1)
         best = evolved(
