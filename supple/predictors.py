@@ -10,6 +10,7 @@ deterministic: the same configs in the same order give the same predictions.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -34,6 +35,7 @@ __all__ = [
     "MLP",
     "PREDICTORS",
     "Fitted",
+    "GaussianProcess",
     "GradientBoosting",
     "Predictor",
     "Ridge",
@@ -120,8 +122,9 @@ class Fitted(ABC):
 
         Returns:
             Standard deviations, shape (configs,), in the unit of the values: of a ridge those
-            of the Bayesian linear model whose mean it is, of an MLP the spread between nets
-            that started from other weights. None where the regressor gives none.
+            of the Bayesian linear model whose mean it is, of a Gaussian process its own
+            without the noise, of an MLP the spread between nets that started from other
+            weights. None where the regressor gives none.
         """
         return None
 
@@ -384,6 +387,104 @@ class _Ensemble(Fitted):
         return self._mean + self._scale * predicted
 
 
+# ------------------------------------------------------------------------- Gaussian process
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianProcess(Predictor):
+    """A number per choice, added up, and a smooth function of all sites on top.
+
+    The prior's covariance of two configs is that of a linear model plus a Gaussian of the
+    share of sites in which they differ, plus noise. The width of the Gaussian, its weight and
+    that of the noise are those that make the known values likeliest. Learning takes time by
+    the cube of the number of configs: some milliseconds for 300, half a second for 1,000.
+
+    Args:
+        widths: Widths of the Gaussian to choose from, above 0.
+        weights: Weights of the Gaussian to choose from, above 0, where the linear model has 3.
+        noises: Weights of the noise to choose from, above 0.
+    """
+
+    widths: tuple[float, ...] = (0.3, 0.6, 1.0)
+    weights: tuple[float, ...] = (0.02, 0.1, 0.5)
+    noises: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+
+    def _fitted(self, space: Space, features: FloatArray, values: FloatArray) -> Fitted:
+        scaled = (values - values.mean()) / (float(values.std()) or 1.0)
+        best: tuple[float, _Covariance, float] | None = None
+        for width, weight in itertools.product(self.widths, self.weights):
+            covariance = _Covariance(features, len(space.sites), width, weight)
+            known = covariance.between(features)
+            for noise in self.noises:
+                likely = _likelihood(known + noise * np.eye(len(known)), scaled)
+                if best is None or likely > best[0]:
+                    best = (likely, covariance, noise)
+        assert best is not None
+        return _Process(space, best[1], best[2], values)
+
+
+class _Covariance:
+    """What the values of configs have to do with those of the known ones."""
+
+    _LINEAR = 3.0
+
+    def __init__(self, known: FloatArray, sites: int, width: float, weight: float) -> None:
+        self.known, self._mean = known, known.mean(axis=0)
+        self._sites, self._width, self._weight = max(sites, 1), width, weight
+
+    def between(self, features: FloatArray) -> FloatArray:
+        """Gives the covariances with the known configs, shape (configs, known)."""
+        squares = (features**2).sum(axis=1)[:, None] + (self.known**2).sum(axis=1)
+        apart = np.maximum(squares - 2 * features @ self.known.T, 0) / (2 * self._sites)
+        near = np.exp(-apart / (2 * self._width**2))
+        linear = (features - self._mean) @ (self.known - self._mean).T / self._sites
+        total: FloatArray = self._LINEAR * linear + self._weight * near
+        return total
+
+    def alone(self, features: FloatArray) -> FloatArray:
+        """Gives the variances of configs, shape (configs,)."""
+        linear: FloatArray = ((features - self._mean) ** 2).sum(axis=1) / self._sites
+        return self._LINEAR * linear + self._weight
+
+
+def _likelihood(covariance: FloatArray, values: FloatArray) -> float:
+    """Gives the logarithm of the likelihood at the likeliest scale, up to a constant."""
+    lower = np.linalg.cholesky(covariance)
+    half = np.linalg.solve(lower, values)
+    squares = float(half @ half) or 1e-300
+    return -0.5 * len(values) * math.log(squares) - float(np.log(np.diag(lower)).sum())
+
+
+class _Process(Fitted):
+    """A Gaussian process that knows some values."""
+
+    def __init__(
+        self, space: Space, covariance: _Covariance, noise: float, values: FloatArray
+    ) -> None:
+        super().__init__(space)
+        self._covariance = covariance
+        self._mean = float(values.mean())
+        known = covariance.between(covariance.known) + noise * np.eye(len(values))
+        self._inverse: FloatArray = np.linalg.inv(np.linalg.cholesky(known))
+        half = self._inverse @ (values - self._mean)
+        self._weights: FloatArray = half @ self._inverse
+        self._variance = float(half @ half) / len(values)
+
+    def predict(self, rows: Rows) -> FloatArray:
+        return _in_chunks(
+            self.space, rows, lambda f: self._mean + self._covariance.between(f) @ self._weights
+        )
+
+    def uncertainty(self, rows: Rows) -> FloatArray:
+        return _in_chunks(self.space, rows, self._spread)
+
+    def _spread(self, features: FloatArray) -> FloatArray:
+        half = self._inverse @ self._covariance.between(features).T
+        left = self._covariance.alone(features) - (half**2).sum(axis=0)
+        spread: FloatArray = np.sqrt(self._variance * np.maximum(left, 0.0))
+        return spread
+
+
 # -------------------------------------------------------------------------- by name, judged
 
 PREDICTORS: Mapping[str, Predictor] = {
@@ -392,6 +493,7 @@ PREDICTORS: Mapping[str, Predictor] = {
     "svr": SupportVectors(),
     "gradient-boosting": GradientBoosting(),
     "mlp": MLP(),
+    "gaussian-process": GaussianProcess(),
 }
 """The predictors that settings can name."""
 

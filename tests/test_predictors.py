@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, DotProduct
 from sklearn.linear_model import BayesianRidge
 from sklearn.linear_model import Ridge as RidgeRegressor
 from sklearn.svm import SVR
@@ -13,6 +15,7 @@ from supple.errors import SettingError
 from supple.predictors import (
     MLP,
     PREDICTORS,
+    GaussianProcess,
     GradientBoosting,
     Predictor,
     Ridge,
@@ -35,7 +38,14 @@ SPACE = Space(
         )
     ]
 )
-FAST = [Ridge(), SupportVectors(), RidgeSVR(), GradientBoosting(trees=20), MLP(members=2)]
+FAST = [
+    Ridge(),
+    SupportVectors(),
+    RidgeSVR(),
+    GradientBoosting(trees=20),
+    MLP(members=2),
+    GaussianProcess(),
+]
 names = [type(one).__name__ for one in FAST]
 
 
@@ -151,6 +161,39 @@ def test_the_uncertainty_of_a_ridge_is_that_of_the_bayesian_linear_model() -> No
     got = fitted.uncertainty(others)
     assert got is not None
     np.testing.assert_allclose(got, expected, rtol=0.05)
+
+
+def test_a_gaussian_process_predicts_what_scikit_learns_does() -> None:
+    rows = SPACE.every()[::3]
+    values = pairs(rows)
+    one = GaussianProcess(widths=(0.6,), weights=(0.5,), noises=(0.1,))
+    fitted = one.fit(SPACE, rows, values)
+    features = SPACE.one_hot(rows) / np.sqrt(len(SPACE.sites))
+    centre = features.mean(axis=0)
+    # Scikit-learn's linear kernel is not centred; the Gaussian does not mind a shift.
+    kernel = 3.0 * DotProduct(1e-9) + 0.5 * RBF(0.6 * np.sqrt(2.0))
+    other = GaussianProcessRegressor(kernel, alpha=0.1, optimizer=None)
+    other.fit(features - centre, values - values.mean())
+    asked = SPACE.every()
+    unseen = SPACE.one_hot(asked) / np.sqrt(len(SPACE.sites)) - centre
+    mean, spread = other.predict(unseen, return_std=True)
+    np.testing.assert_allclose(fitted.predict(asked), mean + values.mean(), rtol=1e-8)
+    told = fitted.uncertainty(asked)
+    assert told is not None
+    known = values - values.mean()
+    scale = np.sqrt(known @ other.alpha_ / len(values))
+    np.testing.assert_allclose(told, scale * spread, rtol=1e-6)
+
+
+def test_the_likeliest_width_of_the_gaussian_is_taken() -> None:
+    rows = SPACE.every()[::2]
+    rough, smooth = GaussianProcess(), GaussianProcess(widths=(1.0,), weights=(0.02,))
+    unseen = SPACE.every()[1::2]
+    off = [
+        np.abs(one.fit(SPACE, rows, pairs(rows)).predict(unseen) - pairs(unseen)).mean()
+        for one in (rough, smooth)
+    ]
+    assert off[0] < 0.5 * off[1]
 
 
 def test_nets_disagree_more_about_what_is_far_from_what_they_saw() -> None:

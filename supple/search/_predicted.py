@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from supple.predictors import Predictor, out_of_fold
+from supple.predictors import Fitted, Predictor, out_of_fold
 from supple.search.base import Exact, Problem, Told
 from supple.search.nsga2 import NSGA2
 from supple.space import Space
@@ -23,13 +23,15 @@ LEAST = 4
 """Configs whose evaluation did not fail, below which nothing can be learned."""
 
 
-def prices(problem: Problem, told: Told, predictor: Predictor) -> Price:
+def prices(problem: Problem, told: Told, predictor: Predictor, optimism: float = 0.0) -> Price:
     """Fits a predictor to each value that only an evaluation tells.
 
     Args:
         problem: What is searched, and for what.
         told: What is known, at least `LEAST` configs that did not fail.
         predictor: How to predict.
+        optimism: How many standard deviations objectives are taken to be better than they
+            are predicted, where the predictor gives any.
 
     Returns:
         What gives the values and violations of encoded configs, exact where they can be.
@@ -37,7 +39,7 @@ def prices(problem: Problem, told: Told, predictor: Predictor) -> Price:
     good = told.take(np.isfinite(told.violations))
     objectives = [
         problem.exact.get(name)
-        or predictor.fit(problem.space, good.rows, good.values[:, place]).predict
+        or _bound(predictor.fit(problem.space, good.rows, good.values[:, place]), optimism)
         for place, name in enumerate(problem.objectives)
     ]
     violation = problem.violation or _violation(problem.space, good, predictor)
@@ -47,6 +49,17 @@ def prices(problem: Problem, told: Told, predictor: Predictor) -> Price:
         return Told(rows, np.stack(values, axis=1), violation(rows))
 
     return price
+
+
+def _bound(fitted: Fitted, optimism: float) -> Exact:
+    """Gives the lower end of what a value may be."""
+
+    def bound(rows: IntArray) -> FloatArray:
+        spread = fitted.uncertainty(rows) if optimism else None
+        predicted = fitted.predict(rows)
+        return predicted if spread is None else predicted - optimism * spread
+
+    return bound
 
 
 def _violation(space: Space, told: Told, predictor: Predictor) -> Exact:
@@ -65,8 +78,9 @@ def evolved(
     candidates: int,
     random: np.random.Generator,
     known: IntArray,
+    start: IntArray | None = None,
 ) -> Told:
-    """Evolves configs on prices, from random ones; none is priced twice.
+    """Evolves configs on prices; none is priced twice.
 
     Args:
         space: What is searched.
@@ -75,6 +89,7 @@ def evolved(
         candidates: How many configs to go through.
         random: Source of all randomness.
         known: Encoded configs that were evaluated. They take part, but are not returned.
+        start: Encoded configs to begin with; random ones if None.
 
     Returns:
         The best configs that are not known, at most a population of them, best first.
@@ -82,6 +97,8 @@ def evolved(
     evaluated = {row.tobytes() for row in np.ascontiguousarray(known)}
     seen: set[bytes] = set()
     parents = new = price(space.random_many(1, random)).take(slice(0))
+    if start is not None:
+        parents = price(_first_seen(start, seen))
     for _ in range(math.ceil(candidates / method.population)):
         rows = _first_seen(method.propose(space, parents, random), seen)
         if not len(rows):

@@ -96,7 +96,7 @@ class TPE(SearchAlgorithm):
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=0, n_ei_candidates=self.candidates, multivariate=True, seed=seed
         )
-        directions = ["minimize"] * told.values.shape[1]
+        directions = [optuna.study.StudyDirection.MINIMIZE] * told.values.shape[1]
         with quiet():
             study = optuna.create_study(sampler=sampler, directions=directions)
         names = list(ranges)
