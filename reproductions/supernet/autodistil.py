@@ -24,9 +24,9 @@ ranks.
 
 History: the beginnings of film reviews were to be the probes' task, but MiniLM itself tells
 good from bad ones at 51 to 57 % only, so that there was nothing to rank by. The articles
-replaced them before any student was trained. In one trial at 3e-4, to learn how long it
-takes, the narrow sub-space had 4 layers as well; the joint space was ahead in it (0.461 against
-0.518 apart and 0.533 for the same students). `tune()` gave all arms the largest of its rates, where
+replaced them before any student was trained. In one trial at 3e-4, to learn how long it takes,
+the narrow sub-space had 4 layers as well; the joint space was ahead in it (0.461 against 0.518
+apart and 0.533 for the same students). `tune()` gave all arms the largest of its rates, where
 the validation losses were 0.340 (apart), 0.354 (joint space) and 0.348 (same students), against
 0.501, 0.470 and 0.537 with 3e-4; larger rates were not tried. To save time, losses are taken of
 50 passages since then, every fourth of those held out, in place of 100.
