@@ -4,60 +4,66 @@ Claim of the paper: a transformer whose sizes predict a teacher's hidden states 
 is better at all of them if the largest size is trained alone first (stage 1) and random sizes
 only then (stage 2).
 
-Arms: the teacher is MiniLM (6 layers, 384 wide), which sees whole texts; the student is the
-same architecture with new random weights, with elastic FFNs, heads and depth (the width of the
-hidden states is fixed in this network). Both arms make `STEPS` steps of AdamW with a
-cosine on the same blocks of 32 tokens of the WikiText-2 validation text, of which the last
-tenth is held out (its second half is reported on), and one size per step. Two stages: the
-first half of the steps trains the largest size. OFF: all steps train random sizes, from the
-same first weights. Targets and masks are the same. The learning rate is the same for both arms
-and was not tuned: `LR`, a usual value for small transformers; no other was tried.
+Arms: the teacher is MiniLM's first three layers (384 wide), which see whole texts; the student
+begins as the same layers and is elastic in FFNs, heads and depth (the width of the hidden
+states is fixed in this network). The target is the average of the upper two layers, each
+normalised by token. Both arms make `STEPS` steps of AdamW on the same passages of WikiText-2's
+validation text, one size per step. Two stages: the first half of the steps trains the largest
+size. OFF: all steps train random sizes, from the same first weights. Every stage has a cosine
+of its own, as each is a training run of its own in the paper. Embeddings stay as they are, to
+save time. Targets and masks are the same for both arms. Each has the best of three learning
+rates by the mean validation loss of the ten sizes on a seed of its own: `CHOSEN`.
 
 Thresholds, set before the first run: any gain beyond the spread over seeds, in the mean
-held-out loss of 10 random sizes and in the mean test accuracy of linear probes (ridge
-regression on mean last hidden states of the beginnings of film reviews, unmasked) of the same
-sizes. The loss may not be earned by a leak: the teacher is a module of its own that sees no
-masks.
+held-out loss of 10 random sizes and in the mean test accuracy of linear probes of the first
+three of them, which tell from the mean last hidden state (of unmasked text) which of 20
+articles a passage is from. The loss may not be earned by a leak: the teacher is a module of its
+own that sees no masks.
+
+History: versions before this one were tried on one seed, and none was run in full. The
+catalogue of techniques asks for a student from scratch: a small one (128 wide) made 120 steps
+and predicted no better than zero does (a loss of 0.693, where the targets' mean square is
+0.688). So the student begins with the teacher's weights. With targets normalised over the
+tokens of a passage it was still at 0.708 after 80 steps; hence the other norm that the
+technique offers, which leaves more to predict. With 6 layers, 60 steps and one cosine
+over both stages the losses were 0.712, 0.706 and 0.735 for the three rates in two stages and
+0.662, 0.645 and 0.658 in one, where the targets' variance is 0.632: `CHOSEN` is from there,
+and was not looked for again. As no size had learned more than the mean by then, this version
+has half the layers and more steps. The probes' first task was to tell good film reviews from
+bad ones by their beginnings, which MiniLM itself does at 51 to 57 % only.
 
 Result: not run yet.
 """
 
 from __future__ import annotations
 
-import os
+import math
+import statistics
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
+from functools import cache, partial
 
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from reproductions._minilm import encoder, tokenizer
+from reproductions._minilm import encoder
+from reproductions.supernet._articles import DATA, held_out, probe, training
 from supple.axes.depth import Depth
 from supple.axes.heads import Heads
 from supple.axes.width import Width
-from supple.data.base import Splits, TensorSource, split
-from supple.data.text import blocks
 from supple.network import Elastic, elastic
 from supple.space import Config
 from supple.supernet.lighthubert import LightHuBERT, MaskedRegression
 from supple.testing.reproduce import Claim, across
-from supple.training.features import WithFeatures
 from supple.training.loop import train
-from supple.training.seeds import generator, kept
+from supple.training.seeds import generator
 
 __all__ = ["DATA", "OFF", "ON", "claims"]
 
-DATA = (
-    "text/wikitext2-valid.txt",
-    "movie-reviews/train.parquet",
-    "movie-reviews/test.parquet",
-)
-SIZES, LENGTH, BATCH, STEPS, LR = 10, 32, 8, 80, 5e-4
-READ, REVIEWS, RIDGE = 32, 200, 10.0
-LAST = "encoder.layer.*"
+LAYERS, SIZES, PROBED, BATCH, STEPS, READ = 3, 10, 3, 4, 200, 50
+RATES = (3e-4, 1e-3, 3e-3)
+TUNING_SEED = 1000
 
 
 def method(tune: float) -> LightHuBERT:
@@ -65,15 +71,17 @@ def method(tune: float) -> LightHuBERT:
     return LightHuBERT(
         tune=tune,
         masked="embeddings.word_embeddings",
-        layers=LAST,
-        top=4,
+        layers="encoder.layer.*",
+        top=2,
         coverage=0.4,
         span=3,
+        norm="layer",
     )
 
 
 ON = method(0.5)
 OFF = method(0.0)
+CHOSEN = {ON.tune: 1e-3, OFF.tune: 1e-3}
 
 
 def claims(method: LightHuBERT, seeds: Sequence[int]) -> Iterator[Claim]:
@@ -99,108 +107,97 @@ def claims(method: LightHuBERT, seeds: Sequence[int]) -> Iterator[Claim]:
 @cache
 def arms(seeds: tuple[int, ...]) -> dict[float, list[list[float]]]:
     """Gives held-out loss and probe accuracy for each arm and seed."""
-    cases = [(tune, seed) for seed in seeds for tune in (ON.tune, OFF.tune)]
-    found = dict(zip(cases, across(_scores, cases), strict=True))
-    return {tune: [found[tune, seed] for seed in seeds] for tune in (ON.tune, OFF.tune)}
+    cases = [(*arm, seed) for seed in seeds for arm in CHOSEN.items()]
+    found = dict(zip(cases, across(_tested, cases), strict=True))
+    return {arm[0]: [found[*arm, seed] for seed in seeds] for arm in CHOSEN.items()}
 
 
-def _scores(case: tuple[float, int]) -> list[float]:
-    tune, seed = case
-    teacher = encoder()
-    with kept(seed):
-        student = AutoModel.from_config(teacher.config, add_pooling_layer=False)
-    data = text(seed)
-    axes = [Width((0.5, 0.75, 1.0)), Heads((0.5, 0.75, 1.0)), Depth((3, 4, 5, 6))]
-    net = elastic(student, kwargs=data.train.example(), axes=axes, verify=False)
-    taught = LightHuBERT(**{**vars(method(tune)), "teacher": teacher})
+def tune() -> dict[float, float]:
+    """Finds the learning rates of both arms, `CHOSEN`."""
+    cases = [(stage, rate, TUNING_SEED) for stage in CHOSEN for rate in RATES]
+    found = dict(zip(cases, across(_validated, cases), strict=True))
+    return {
+        stage: min(RATES, key=lambda rate: found[stage, rate, TUNING_SEED]) for stage in CHOSEN
+    }
+
+
+def _validated(case: tuple[float, float, int]) -> float:
+    return statistics.fmean(_losses(*trained(case), "validation"))
+
+
+def _tested(case: tuple[float, float, int]) -> list[float]:
+    net, taught = trained(case)
+    accuracies = [_accuracy(net, config) for config in sizes(net)[:PROBED]]
+    return [statistics.fmean(_losses(net, taught, "test")), statistics.fmean(accuracies)]
+
+
+def trained(case: tuple[float, float, int]) -> tuple[Elastic, LightHuBERT]:
+    """Distils the teacher into sizes, by the share of stage 1, the rate and the seed."""
+    stage, rate, seed = case
+    teacher, student = _layers(encoder()), _layers(encoder())
+    student.embeddings.requires_grad_(False)
+    data = training(BATCH, seed)
+    axes = [Width((0.25, 0.5, 0.75, 1.0)), Heads((0.5, 0.75, 1.0)), Depth((1, 2, 3))]
+    net = elastic(student, kwargs=data.example(), axes=axes, verify=False)
+    taught = replace(method(stage), teacher=teacher)
     train(
         net,
-        data.train,
+        data,
         loss,
         method=taught,
         optimizer="adamw",
-        lr=LR,
-        schedule="cosine",
+        lr=rate,
+        schedule=partial(_cosines, stage),
         clip=1.0,
         steps=STEPS,
         seed=seed,
         log_every=STEPS,
         progress=False,
     )
-    net.eval()
-    sizes = net.space.random_many(SIZES, generator(0, "sizes"))
-    configs = net.space.decode_many(sizes)
-    losses = [_held_out(net, taught, teacher, config, data) for config in configs]
-    accuracies = [_probe(net, config) for config in configs]
-    return [sum(losses) / SIZES, sum(accuracies) / SIZES]
+    return net.eval(), taught
 
 
-def loss(output, batch) -> Tensor:
+def _layers(model: PreTrainedModel) -> PreTrainedModel:
+    model.encoder.layer = model.encoder.layer[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
+    return model
+
+
+def sizes(net: Elastic) -> list[Config]:
+    """Gives the random sizes that are compared, always the same."""
+    return net.space.decode_many(net.space.random_many(SIZES, generator(0, "sizes")))
+
+
+def _cosines(stage: float, step: int, steps: int) -> float:
+    """A cosine for each stage, as each is a training run of its own."""
+    first = round(stage * steps)
+    begin, end = (0, first) if step < first else (first, steps)
+    return (1 + math.cos(math.pi * (step - begin) / (end - begin))) / 2
+
+
+def loss(output: object, batch: object) -> Tensor:
     """There are no labels; the weight of this loss is 0."""
     raise NotImplementedError
 
 
 @torch.no_grad()
-def _held_out(
-    net: Elastic, taught: LightHuBERT, teacher: nn.Module, config: Config, data: Splits
-) -> float:
-    run = taught.prediction(net.module, generator(0, "masks"))
+def _losses(net: Elastic, taught: LightHuBERT, part: str) -> list[float]:
+    """Held-out losses of the sizes, all of which see the same masks."""
     score = MaskedRegression(loss, taught.distance)
+    batches = [{"input_ids": ids} for ids in held_out(part)[0][::4].split(READ)]
+    targets = [taught.prediction(net.module, generator(0))(taught.teacher, b) for b in batches]
+    found = []
+    for config in sizes(net):
+        run = taught.prediction(net.module, generator(0, "masks"))
+        with net.at(config):
+            each = [
+                float(score.regression(run(net.module, batch), target))
+                for batch, target in zip(batches, targets, strict=True)
+            ]
+        found.append(statistics.fmean(each))
+    return found
+
+
+def _accuracy(net: Elastic, config: Config) -> float:
     with net.at(config):
-        each = [
-            float(score.regression(run(net.module, batch), run(teacher, batch)))
-            for batch in data.test.batches()
-        ]
-    return sum(each) / len(each)
-
-
-@torch.no_grad()
-def _probe(net: Elastic, config: Config) -> float:
-    """Test accuracy of a ridge regression on what a size makes of film reviews."""
-    with net.at(config):
-        train_x, test_x = (_read(net.module, reviews(part)[0]) for part in ("train", "test"))
-    mean, spread = train_x.mean(0), train_x.std(0) + 1e-6
-    train_x, test_x = (train_x - mean) / spread, (test_x - mean) / spread
-    signs = 2.0 * reviews("train")[1] - 1
-    gram = train_x.T @ train_x + RIDGE * torch.eye(train_x.shape[1])
-    weights = torch.linalg.solve(gram, train_x.T @ (signs - signs.mean()))
-    right = ((test_x @ weights + signs.mean()) > 0) == reviews("test")[1].bool()
-    return float(right.float().mean())
-
-
-def _read(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    states = WithFeatures([])(model, batch).output.last_hidden_state
-    where = batch["attention_mask"][..., None]
-    return (states * where).sum(1) / where.sum(1)
-
-
-@cache
-def reviews(part: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Reads film reviews, every nth of them, and their labels, 0 or 1."""
-    rows = pq.read_table(_data() / "movie-reviews" / f"{part}.parquet").to_pydict()
-    step = max(1, len(rows["label"]) // REVIEWS)
-    texts = [" ".join(one.split()[:READ]) for one in rows["text"][::step]]
-    cut = tokenizer()(
-        texts, truncation=True, max_length=READ, padding=True, return_tensors="pt"
-    )
-    batch = {name: cut[name] for name in ("input_ids", "attention_mask")}
-    return batch, torch.tensor(rows["label"][::step])
-
-
-@cache
-def text(seed: int) -> Splits:
-    """Loads blocks of tokens: nine tenths to train, the last twentieth to report on."""
-    whole = (_data() / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
-    found = blocks(tokenizer()(whole, add_special_tokens=False)["input_ids"], LENGTH)
-    first, second = int(0.9 * len(found)), int(0.95 * len(found))
-    places = torch.arange(len(found))
-    positions = {
-        "train": places[:first],
-        "validation": places[first:second],
-        "test": places[second:][:64],
-    }
-    return split(TensorSource({"input_ids": found}), positions, batch_size=BATCH, seed=seed)
-
-
-def _data() -> Path:
-    return Path(os.environ["SUPPLE_DATA"])
+        return probe(net.module)
