@@ -18,9 +18,9 @@ beforehand. All arms are judged by the same 8 narrow students.
 
 Thresholds: any gain in the mean held-out loss beyond the spread over seeds, as the catalogue of
 techniques has it; and Spearman's correlation above 0.6 between (negative) held-out losses of
-these students and the accuracies of linear probes (read in bfloat16, to save time), which tell from the mean last hidden state
-which of 20 articles a passage is from. It is asked for within the sub-space, where a search
-ranks.
+these students and the accuracies of linear probes, which tell from the mean last hidden state
+(in bfloat16, to save time) which of 20 articles a passage is from. It is asked for within the
+sub-space, where a search ranks.
 
 History: the beginnings of film reviews were to be the probes' task, but MiniLM itself tells
 good from bad ones at 51 to 57 % only, so that there was nothing to rank by. The articles
