@@ -75,7 +75,9 @@ class AutoDistil(SupernetRule):
     Differs:
         The sub-spaces are trained side by side, a step each in turn (the authors train them
         one after another, in runs of their own). The loss is the paper's KL divergence of the
-        relations, where the public code takes squared differences of unnormalised ones. The
+        relations, where the public code takes squared differences of unnormalised ones. Random
+        students may be the largest, the smallest or twice the same; the authors' are not. Which
+        layers a shallow student has is up to `Depth`; the authors' are evenly spaced. The
         teacher is the full network at the start of the run. Sizes that are no uniform students
         can be run, too, and are not trained as such.
     Checked:

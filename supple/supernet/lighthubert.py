@@ -81,7 +81,8 @@ class LightHuBERT(SupernetRule):
         Any transformer. How targets are normalised and compared could not be checked against
         the authors' training: it follows data2vec. $m$ begins as zero and not as uniform random
         numbers, which fit features of one scale only. All inputs of a batch have as many spans,
-        and masks are not thinned to equally many tokens. Sizes are drawn site by site.
+        at least one (the authors' two), and masks are not thinned to equally many tokens. Sizes
+        are drawn site by site.
     Checked:
         Both stages' steps against gradients computed by hand, the head's slice included; masks
         and targets against direct computation; the teacher sees no mask.
