@@ -14,7 +14,8 @@ holds the regret. A config that was tried before is never counted again.
 
 `python -m benchmarks.search` measures the cells that are missing or of other code, seed by
 seed, and writes `benchmarks/results/search.json` after each; then it writes the pictures. Words
-choose problems, algorithms and parts: `python -m benchmarks.search analytic linas`.
+choose problems and algorithms, or parts (`predictors`, `inner`, `workers`, `recorded`,
+`pictures`): `python -m benchmarks.search analytic linas`.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import kendalltau
 
 from benchmarks import _analytic, _nats, _ofa_mbv3
+from benchmarks import _search_speed as speed
 from benchmarks._rivals import DynasNSGA2
 from supple.cost.measure import device_name
 from supple.files import read_json, write_json
+from supple.predictors import PREDICTORS
 from supple.search._predicted import evolved
 from supple.search.base import SearchAlgorithm, Told
 from supple.search.front_search import FrontSearch
@@ -64,6 +68,8 @@ LEVELS = (0.90, 0.95, 0.98, 0.99)
 MARKS = (*range(10, 500, 10), *range(500, 5001, 50))
 """Numbers of evaluations at which a cell is looked at."""
 CANDIDATES = 1_000_000
+LEARNED, HELD = (20, 50, 100, 200, 500, 1000), 3000
+"""How many cells of NATS-Bench a predictor learns from, and how many judge it."""
 TOP = 16
 """The best 0.1 % of NATS-Bench's cells."""
 
@@ -137,6 +143,14 @@ def volumes(values: Floats) -> Floats:
             )
         found[place] = volume
     return found
+
+
+def volume(values: Floats) -> float:
+    """Gives the hypervolume of many points at once, of two objectives, up to `CORNER`."""
+    inside = values[(values < CORNER).all(axis=1)]
+    error, macs = inside[np.argsort(inside[:, 1], kind="stable")].T
+    ends = np.append(macs[1:], CORNER[1])
+    return float(((CORNER[0] - np.minimum.accumulate(error)) * (ends - macs)).sum())
 
 
 def reference(name: str) -> list[list[float]]:
@@ -235,6 +249,35 @@ def missing(words: Sequence[str], figures: Mapping[str, Any]) -> Iterator[tuple[
             yield name, algorithm, seed
 
 
+# --- predictors -------------------------------------------------------------------------------
+
+
+def correlations(name: str, seed: int) -> list[float]:
+    """Gives Kendall's tau of a predictor on cells of NATS-Bench held back, by `LEARNED`."""
+    random = np.random.default_rng(seed)
+    rows = random.permutation(_nats.space().every())
+    known, held = rows[: LEARNED[-1]], rows[-HELD:]
+    truth = _nats.regrets(held)
+    found = []
+    for count in LEARNED:
+        values = _nats.regrets(known[:count])
+        fitted = PREDICTORS[name].fit(_nats.space(), known[:count], 100 - values)
+        found.append(float(-kendalltau(fitted.predict(held), truth).statistic))
+    return [round(tau, 4) for tau in found]
+
+
+def predictors() -> None:
+    """Measures the predictors that the file lacks."""
+    for seed, name in itertools.product(SEEDS, PREDICTORS):
+        if f"{name}/{seed}" not in read()["taus"]:
+            keep("taus", f"{name}/{seed}", correlations(name, seed))
+    taus = read()["taus"]
+    for name in PREDICTORS:
+        draws = np.array([taus[f"{name}/{seed}"] for seed in SEEDS])
+        row = {str(n): quartiles(draws[:, i].tolist()) for i, n in enumerate(LEARNED)}
+        keep("predictors", name, row)
+
+
 # --- what is shown ----------------------------------------------------------------------------
 
 
@@ -245,10 +288,8 @@ def whole(figures: Mapping[str, Any], name: str) -> float:
         for key, row in figures["cells"].items()
         if key.startswith(f"{name}/") and "front" in row
     ]
-    best = np.concatenate(
-        [np.array(figures["references"][name]["front"]), *map(np.array, fronts)]
-    )
-    return float(volumes(best)[-1])
+    known = figures["references"][name]["front"]
+    return volume(np.concatenate([np.array(known), *map(np.array, fronts)]))
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -317,14 +358,11 @@ def trajectories() -> dict[str, dict[str, float]]:
     points = {
         name: np.stack([100 - part.accuracy, part.macs], axis=1) for name, part in parts.items()
     }
-    full = volumes(np.concatenate(list(points.values())))[-1]
+    full = volume(np.concatenate(list(points.values())))
+    found = {name: volumes(values) / full for name, values in points.items()}
     return {
-        name: {
-            str(mark): float(volumes(values)[mark - 1] / full)
-            for mark in MARKS
-            if mark <= len(values)
-        }
-        for name, values in points.items()
+        name: {str(mark): float(row[mark - 1]) for mark in MARKS if mark <= len(row)}
+        for name, row in found.items()
     }
 
 
@@ -359,7 +397,8 @@ def picture(figures: Mapping[str, Any], name: str) -> Figure:
 
 def read() -> dict[str, Any]:
     """Reads the results so far."""
-    figures: dict[str, Any] = {"cells": {}, "references": {}, "surrogates": {}, "tables": {}}
+    parts = ("cells", "references", "surrogates", "tables", "taus", "predictors")
+    figures: dict[str, Any] = {part: {} for part in (*parts, "recorded", "inner", "workers")}
     return figures | (read_json(RESULT) if RESULT.exists() else {})
 
 
@@ -373,6 +412,10 @@ def keep(part: str, name: str, row: Any) -> dict[str, Any]:
             figures["tables"][each] = summary(figures, each)
     write_json(RESULT, figures)
     return figures
+
+
+PARTS = {"inner": speed.inner, "workers": speed.workers, "recorded": trajectories}
+"""What is measured once, and only when it is missing or asked for."""
 
 
 def prepare() -> None:
@@ -391,8 +434,16 @@ def prepare() -> None:
 
 def main(words: Sequence[str]) -> None:
     """Measures what is missing, writes and draws all."""
+    for part, measure in PARTS.items():
+        if part in words or not (words or read()[part]):
+            for name, row in measure().items():
+                keep(part, name, row)
+    if "predictors" in words or not words:
+        predictors()
+    if words and not {*words} & {*PROBLEMS, *ALGORITHMS, "pictures"}:
+        return
     prepare()
-    jobs = list(missing(words, read()))
+    jobs = list(missing(words, read())) if "pictures" not in words else []
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(cell, *job): job for job in jobs}
