@@ -283,13 +283,7 @@ def predictors() -> None:
 
 def whole(figures: Mapping[str, Any], name: str) -> float:
     """Gives the hypervolume that counts as 100 %."""
-    fronts = [
-        row["front"]
-        for key, row in figures["cells"].items()
-        if key.startswith(f"{name}/") and "front" in row
-    ]
-    known = figures["references"][name]["front"]
-    return volume(np.concatenate([np.array(known), *map(np.array, fronts)]))
+    return volume(np.array(figures["references"][name]["front"]))
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -403,9 +397,16 @@ def read() -> dict[str, Any]:
 
 
 def keep(part: str, name: str, row: Any) -> dict[str, Any]:
-    """Adds one result to the file, which another process may have changed meanwhile."""
+    """Adds one result to the file, which another process may have changed meanwhile.
+
+    What a run found joins the front that counts as 100 %.
+    """
     figures = read()
     figures |= {"command": "python -m benchmarks.search", "device": device_name()}
+    if "front" in row and part == "cells":
+        known = figures["references"][name.partition("/")[0]]
+        joined = np.concatenate([np.array(known["front"]), np.array(row.pop("front"))])
+        known["front"] = sorted(joined[non_dominated(joined)].tolist())
     figures[part][name] = row
     for each in PROBLEMS:
         if each == "nats" or each in figures["references"]:
