@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from supple.search.hardware_aware_search import HardwareAwareSearch
 from supple.search.nsga2 import NSGA2
 from supple.search.random_search import RandomSearch
 from supple.space import Site, Space
+from supple.study.pareto import pareto
 from supple.technique import from_settings
 from tests.search.problems import SPACE, loss_and_cost, searched
+from tests.study.stub import Net, accuracy
 
 FAST = HardwareAwareSearch(population=12, candidates=600, predictor="ridge")
 GRID = Space([Site(f"s{i}", "width", (1, 2, 3), 3) for i in range(6)])
@@ -179,7 +183,7 @@ def test_a_space_that_is_nearly_known_is_walked_to_its_end() -> None:
 
 def test_a_search_rebuilt_after_any_evaluation_goes_on_the_same_way() -> None:
     def started() -> AskTell:
-        search = HardwareAwareSearch(population=5, candidates=40, predictor="ridge")
+        search = HardwareAwareSearch(population=5, candidates=10, predictor="ridge")
         return search.start(SPACE, ["loss", "cost"], 5)
 
     def proposals(run: AskTell) -> Any:
@@ -205,6 +209,21 @@ def test_it_finds_more_hypervolume_than_nsga2_and_random_search() -> None:
     # The best known is 1.109.
     assert found["HardwareAwareSearch"] > found["NSGA2"] + 0.03
     assert found["HardwareAwareSearch"] > found["RandomSearch"] + 0.03
+
+
+def test_a_search_of_a_network_that_was_stopped_evaluates_what_one_would_have(
+    tmp_path: Path,
+) -> None:
+    search = HardwareAwareSearch(population=4, candidates=8, predictor="ridge")
+    go = functools.partial(
+        pareto, costs=["params"], algorithm=search, where={"params": "<= 20"}, progress=False
+    )
+    whole, parted = Net(widths=8), Net(widths=8)
+    go(whole, accuracy, evaluations=8, study=":memory:")
+    for evaluations in (6, 8):
+        go(parted, accuracy, evaluations=evaluations, study=tmp_path / "parted.db")
+    assert parted.entered == whole.entered
+    assert len(set(whole.entered)) == 8
 
 
 def test_settings_come_from_a_recipe_and_wrong_ones_are_refused() -> None:
