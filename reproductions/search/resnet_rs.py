@@ -21,12 +21,12 @@ asks. Thresholds: effects above 0, likewise.
 History: no pilot; the code was tried with one epoch only.
 
 Result: undecided. The wide network is ahead at both lengths, by 5.0 points after 3 epochs
-(0.321 against 0.271) and by 4.0 after 12 (0.408 against 0.368). The gap shrinks in two of three
-seeds, as the paper has it, by 1.0 +- 1.5 points in the mean. Twelve epochs of 1,500 images are no
-training that overfits at networks of 0.5 M multiply-accumulates, so that only the direction
-could be seen. A smaller weight decay gains -0.4 points beside other regularisation and +0.8
-without, a difference of -1.2 +- 1.5: at 6 epochs nothing overfits that a regulariser could help.
-The run took 175 s on one core with other programs on it.
+(0.321 against 0.271) and by 4.0 after 12 (0.408 against 0.368). The gap shrinks in two of
+three seeds, as the paper has it, by 1.0 +- 1.5 points in the mean. Twelve epochs of 1,500
+images are no training that overfits at networks of 0.5 M multiply-accumulates, so that only
+the direction could be seen. A smaller weight decay gains -0.4 points beside other
+regularisation and +0.8 without, a difference of -1.2 +- 1.5: at 6 epochs nothing overfits that
+a regulariser could help. The run took 175 s on one core with other programs on it.
 """
 
 from __future__ import annotations

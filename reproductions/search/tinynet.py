@@ -18,14 +18,14 @@ as the catalogue of techniques has it.
 
 History: no pilot; the code was tried on four networks only.
 
-Result: undecided, and the formula's form is not the paper's. At a quarter of the cost it is
-better by 1.3 +- 1.7 points (0.324 against 0.312), but its resolution falls as the cost rises,
-from 0.74 to 0.51 of the base's. Of the eight networks of the best fronts six cost less than 0.15
-of the base, and the two dearer ones have the lowest resolution and one block per stage: after
-80 steps, shallow networks on small images are ahead, since a small image costs little and width
-learns fastest. The paper trains its networks to convergence. The claim about resolution needs
-longer trainings than fit here, and probably larger images. The run took 290 s on one core with
-other programs on it, beyond the limit of 180 s on two: with fewer networks it would tell less.
+Result: not reproduced. At a quarter of the cost the formula's network is better by 1.3 +- 1.7
+points (0.324 against 0.312), which decides nothing, and its resolution falls as the cost rises,
+from 0.74 to 0.51 of the base's. Of the eight networks of the best fronts six cost less than
+0.15 of the base, and the two dearer ones have low resolutions and one block per stage: after 80
+steps, wide and shallow networks on small images are ahead. The paper trains its networks to
+convergence. The claim about resolution needs longer trainings than fit here, and probably
+larger images. The run took 290 s on one core with other programs on it, beyond the limit of
+180 s on two.
 """
 
 from __future__ import annotations
