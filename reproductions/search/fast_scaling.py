@@ -22,7 +22,7 @@ point.
 
 History: no pilot of any claim; the code was tried on other sizes only.
 
-Result: not reproduced in time, and the fault is the experiment's. Activations grow with
+Result: not reproduced in time, most likely by the experiment's fault. Activations grow with
 exponents 0.958, 0.814, 0.593 and 0.501 (theory 1, 0.833, 0.6 and 0.5), at costs within 1.2 % of
 one another; growth in all three is faster than growth without width by a third. But growth
 mostly in width is 17 % slower than growth in all three (0.29 against 0.24 s), although growth
