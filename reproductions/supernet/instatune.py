@@ -70,7 +70,7 @@ FROZEN = 2  # layers
 STEPS = {"InstaTune": 80, "Ordinary": 160}  # 40 + 40 * 3 passes, and 160
 SIZES, BAND = 4, (0.65, 0.75)
 RATES = (3e-4, 1e-3, 3e-3)
-CHOSEN = {"InstaTune": 1e-3, "Ordinary": 1e-3}
+CHOSEN = {"InstaTune": 3e-4, "Ordinary": 3e-4}
 TUNING_SEED = 1000
 
 
