@@ -75,7 +75,7 @@ class LlamaNas(InstaTune):
             object.__setattr__(self, "where", tuple(self.where))
 
     @classmethod
-    def examples(cls) -> list[InstaTune]:
+    def examples(cls) -> list[LlamaNas]:  # type: ignore[override]
         return [cls(), cls(where=("*",), tune=0.0, random=2, labels=0.5, reorder=False)]
 
     def sampler(self, space: Space, generator: torch.Generator) -> Sampler:
