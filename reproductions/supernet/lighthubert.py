@@ -32,7 +32,10 @@ and was not looked for again. As no size had learned more than the mean by then,
 has half the layers and more steps. The probes' first task was to tell good film reviews from
 bad ones by their beginnings, which MiniLM itself does at 51 to 57 % only.
 
-Result: not run yet.
+Result: not reproduced. The mean held-out loss is 0.750 after two stages and 0.750 after one, a
+difference of 0.0005 that spreads by 0.0019 over the seeds; the probes' accuracy is 40.4 %
+after two stages and 45.8 % after one. A likely reason, not tested: runs are so short that
+the sizes which stage 1 does not train lack the half of the steps that they miss.
 """
 
 from __future__ import annotations
