@@ -33,7 +33,7 @@ was changed after the rates were found.
 
 Result: no, by far. The means of three seeds: full network 0.754, ordinary 0.814; the four
 sizes 0.529, cut from the ordinary network 0.490. So InstaTune's sizes are better than the cut
-ones by 0.039 (0.066, 0.001 and 0.050 by seed), and lose 0.285 where less than 0.162 was asked
+ones by 0.039 (0.048, 0.001 and 0.068 by seed), and lose 0.285 where less than 0.162 was asked
 for; its full network is 6 points worse. A likely reason, not tested: training is far too short.
 A paper's fine-tuning takes thousands of steps; here sizes are trained in 40, and with equal
 passes InstaTune's full network has seen 1,280 passages where the ordinary one has seen 2,560.
