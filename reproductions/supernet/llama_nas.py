@@ -29,6 +29,13 @@ smallest size and the full number of parameters, as a share of that of all 112 s
 With the idea switched off, sizes are searched at random and cut from ordinary fine-tuning.
 
 Thresholds: any difference beyond the spread over seeds, as the catalogue has it.
+
+Result: reproduced. LINAS reaches 98.9 % of the best hypervolume, random search 93.3 %. At most
+as many parameters as with all FFN halved, the size it finds has 4.760 nats per token on the
+mean, halving 5.157 and the same size cut from the ordinarily fine-tuned network 4.833 (the full
+networks: 4.502 and 4.479). Halving keeps all layers; the sizes found have 4 or 5, with wide
+FFN first. That they beat halving would be so without LLaMA-NAS' training as well (switched off:
++0.39 nats); the search and the training gain by the other two claims.
 """
 
 from __future__ import annotations
