@@ -2,11 +2,11 @@
 
 A MobileNetV3-like network learns all training images of CIFAR-10, at 16 x 16 pixels. *Together*
 is one training by `METHOD`; *alone* trains each of twenty sizes by itself, from scratch, for
-`EPOCHS`, with the same batch, optimizer, peak rate and augmentation. Together takes `LONGER`
-times as many steps, which is meant to cost no more than 2.5 times the largest size alone. The
-sizes are the smallest, the largest, and one drawn at random from each of 18 bands of cost
-between them. All are scored on the test set, those trained together with running statistics
-measured anew. Costs are seconds of one core, recalibrating the twenty sizes included.
+`EPOCHS`, with the same batch, optimizer, schedule, peak rate and augmentation. Together makes
+`LONGER` times as many passes, most of them of smaller sizes, which is meant to cost no more
+than 2.5 times the largest size alone. The sizes are a nested chain from the smallest to the
+largest. All are scored on the test set, those trained together with running statistics measured
+anew. Costs are seconds of one core, recalibrating the twenty sizes included.
 
 `python -m benchmarks.family` trains what is missing, one training per core at a time, and
 writes `benchmarks/results/family.json` after each and `docs/images/family.png`.
@@ -14,7 +14,6 @@ writes `benchmarks/results/family.json` after each and `docs/images/family.png`.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import statistics
@@ -29,27 +28,30 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.supernet import loss, network, score
+from benchmarks.supernet import loss, mobilenet, score
+from supple.axes.depth import Depth
+from supple.axes.width import Width
 from supple.cost.measure import device_name
 from supple.data.base import Splits, load
 from supple.errors import SuppleWarning
 from supple.files import read_json, write_json
-from supple.network import Elastic
+from supple.network import Elastic, elastic
 from supple.space import Config
+from supple.supernet.base import nested_chain
 from supple.technique import from_settings
 from supple.training.loop import train
 from supple.training.recalibrate import recalibrate
 
 RESULT = Path(__file__).parent / "results" / "family.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "family.png"
-METHOD = "supernet/deps"
+METHOD, SETTINGS = "supernet/variant", {"levels": 20}
 SIZES = 20
 EPOCHS = 8
-LONGER = 1.55
+LONGER = 2.5
 BATCH = 64
 TRAINING: dict[str, Any] = {
-    "lr": 3e-3, "weight_decay": 0.05, "warmup": 0.03, "clip": 5.0, "seed": 0,
-    "log_every": 200, "progress": False,
+    "lr": 3e-3, "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.05, "clip": 5.0,
+    "seed": 0, "log_every": 200, "progress": False,
 }  # fmt: skip
 TOGETHER = "together"
 
@@ -67,31 +69,34 @@ def data() -> Splits:
     )
 
 
+def network() -> Elastic:
+    """Builds the network of `benchmarks.supernet`, with twenty choices of every width."""
+    axes = [Width(tuple(np.linspace(0.25, 1.0, SIZES).tolist())), Depth()]
+    return elastic(mobilenet(0), data().train.example()[0], axes=axes, verify=False)
+
+
 def sizes(net: Elastic) -> list[Config]:
-    """Gives the family, the cheapest first."""
-    drawn = net.space.random_many(20_000, 0)
-    logs = np.log(net.costs(drawn)["macs"])
-    ends = [net.space.smallest(), net.space.largest()]
-    low, high = np.log(net.costs(net.space.encode_many(ends))["macs"])
-    edges = np.linspace(low, high, SIZES - 1)
-    between = [
-        net.space.decode(drawn[np.flatnonzero((logs > a) & (logs <= b))[0]])
-        for a, b in itertools.pairwise(edges)
-    ]
-    return [ends[0], *between, ends[1]]
+    """Gives the family, the smallest first."""
+    return nested_chain(net.space, SIZES)
+
+
+def setting(which: str) -> dict[str, Any]:
+    """Gives what a training was run with."""
+    common = {"epochs": EPOCHS, "batch": BATCH, "lr": TRAINING["lr"]}
+    return common | ({"method": METHOD, "longer": LONGER} if which == TOGETHER else {})
 
 
 def trained(which: str) -> dict[str, Any]:
     """Trains all sizes together, or one of them (by its number) alone, and scores."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", SuppleWarning)
-    splits, net = data(), network("cifar", 0)
+    splits, net = data(), network()
     steps = EPOCHS * splits.train.examples // BATCH
     used = time.process_time()
-    if which == TOGETHER:  # the method brings its schedule
+    if which == TOGETHER:
         steps = round(LONGER * steps)
-        run: dict[str, Any] = {"method": from_settings(METHOD, {}), "steps": steps}
-        history = train(net, splits.train, loss, **run, **TRAINING)
+        method = from_settings(METHOD, SETTINGS)
+        train(net, splits.train, loss, method=method, steps=steps, **TRAINING)
         for config in sizes(net):
             recalibrate(net, config, splits.train, batches=20)
         used = time.process_time() - used
@@ -99,16 +104,15 @@ def trained(which: str) -> dict[str, Any]:
         for config in sizes(net):
             with net.eval().at(config):
                 scores.append(score("cifar", net.module, splits.test))
-        passes = history.rows[-1]["passes"]
     else:
         alone = net.extract(sizes(net)[int(which)])
-        train(alone, splits.train, loss, steps=steps, schedule="cosine", **TRAINING)
+        train(alone, splits.train, loss, steps=steps, **TRAINING)
         used = time.process_time() - used
-        scores, passes = [score("cifar", alone, splits.test)], steps
+        scores = [score("cifar", alone, splits.test)]
     return {
         "scores": scores,
+        "setting": setting(which),
         "steps": steps,
-        "passes": passes,
         "cpu_seconds": round(used, 1),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -155,32 +159,24 @@ def picture(figures: dict[str, Any]) -> Figure:
 def main() -> None:
     """Trains what is missing, writes and shows all."""
     figures: dict[str, Any] = read_json(RESULT) if RESULT.exists() else {"runs": {}}
-    setting = {
-        "method": METHOD,
-        "longer": LONGER,
-        "epochs": EPOCHS,
-        "batch": BATCH,
-        "lr": TRAINING["lr"],
-    }
-    if figures.get("setting") != setting:
-        figures = {"runs": {}}
-    net = network("cifar", 0)
+    net = network()
     macs = net.costs(net.space.encode_many(sizes(net)))["macs"]
     figures |= {
-        "setting": setting,
         "command": "python -m benchmarks.family",
         "device": device_name(),
         "macs": [float(value) for value in macs],
     }
-    # the largest first: with it the first figures of the promise are known
-    order = [TOGETHER, *(str(number) for number in reversed(range(SIZES)))]
-    jobs = [which for which in order if which not in figures["runs"]]
+    # every third first: what there is when a run is cut short tells of all costs
+    thirds = [number for first in range(3) for number in range(SIZES - 1 - first, -1, -3)]
+    order = [TOGETHER, *map(str, thirds)]
+    runs = figures["runs"]
+    jobs = [w for w in order if runs.get(w, {}).get("setting") != setting(w)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         running = {pool.submit(trained, which): which for which in jobs}
         for done in as_completed(running):
             which, row = running[done], done.result()
-            figures["runs"][which] = row
+            runs[which] = row
             write_json(RESULT, figures)
             scores = " ".join(f"{100 * value:.1f}" for value in row["scores"])
             print(f"{which}: {scores} ({row['cpu_seconds']:.0f} s)", flush=True)

@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, Settings, float]] = {
     "uniform": ("supernet/pa-da", {"paths": False, "data": False}, 1),
     **SHARED,
     **FROM_SCRATCH,
-    "balanced-supernets": ("supernet/balanced-supernets", {"where": "*.depth*"}, 1),
+    "balanced-supernets": ("supernet/balanced-supernets", {"where": "*.keep"}, 1),
 }
 
 

@@ -40,6 +40,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cycler import cycler
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -108,6 +110,7 @@ FROM_SCRATCH: dict[str, tuple[str, Settings, float]] = {
 }
 PRETRAINED: dict[str, tuple[str, Settings, float]] = {
     "instatune": ("supernet/instatune", {}, 2),
+    "llama-nas": ("supernet/llama-nas", {}, 1.5),
     "autodistil": ("supernet/autodistil", {}, 4),
     "vit-resnas": ("supernet/vit-resnas", {}, 1),
 }
@@ -160,21 +163,26 @@ def data(task: str) -> Splits:
     )
 
 
+def mobilenet(seed: int) -> nn.Module:
+    """Builds a network for images of 16 x 16."""
+    with kept(seed):
+        return build(
+            "mobilenet-v3",
+            stages=[
+                {"channels": 16, "blocks": 2, "expansion": 2, "stride": 2},
+                {"channels": 32, "blocks": 3, "expansion": 3, "stride": 2},
+            ],
+            hidden=64,
+            image_size=16,
+        )
+
+
 def network(task: str, seed: int) -> Elastic:
     """Builds a task's elastic network."""
     axes = [Width((0.25, 0.5, 0.75, 1.0)), Depth()]
     if task == "cifar":
-        with kept(seed):
-            model = build(
-                "mobilenet-v3",
-                stages=[
-                    {"channels": 16, "blocks": 2, "expansion": 2, "stride": 2},
-                    {"channels": 32, "blocks": 3, "expansion": 3, "stride": 2},
-                ],
-                hidden=64,
-                image_size=16,
-            )
-        return elastic(model, data(task).train.example()[0], axes=axes, verify=False)
+        example = data(task).train.example()[0]
+        return elastic(mobilenet(seed), example, axes=axes, verify=False)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(find("llama-tiny"))
@@ -358,21 +366,22 @@ def table(figures: Mapping[str, Any], task: str) -> Table:
 
 def picture(figures: Mapping[str, Any], task: str) -> Figure:
     """Draws the score of each method minus that of the sizes trained alone, by MACs."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=list(TABLEAU_COLORS)))
     rows = {row["method"]: row for row in summary(figures, task)}
     base = rows.pop(ALONE)["scores"]
     scale = 100 if TASKS[task].metric == "accuracy" else 1
     for method, row in rows.items():
         gaps = [scale * (a - b) for a, b in zip(row["scores"], base, strict=True)]
-        axes.plot(figures["macs"][task], gaps, "o-", ms=4, lw=1.4, label=method)
+        axes.plot(figures["macs"][task], gaps, marker="o", ms=4, lw=1.4, label=method)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("multiply-accumulates")
-    unit = "points" if scale == 100 else ""
-    axes.set_ylabel(f"{TASKS[task].metric} minus trained alone {unit}".rstrip())
+    unit = ", points" if scale == 100 else ""
+    axes.set_ylabel(f"{TASKS[task].metric} less that of each size alone{unit}")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
