@@ -28,7 +28,7 @@ def net():
     return supple.elastic(model, X, axes=[supple.Width((0.5, 1.0))], verify=False)
 
 
-@pytest.mark.parametrize(("steps", "key"), [(10, "bignas"), (choosing._LONG, "deps")])
+@pytest.mark.parametrize(("steps", "key"), [(10, "pa-da"), (choosing._ENOUGH, "deps")])
 def test_from_scratch_the_number_of_steps_decides(net, steps, key):
     assert choose(net, DATA, loss, steps).method.key == f"supernet/{key}"
 
@@ -62,7 +62,8 @@ def test_without_logits_sizes_learn_from_labels():
 def test_train_prints_its_choice_and_leaves_random_numbers_alone(net, capsys):
     state = torch.get_rng_state()
     train(net, DATA, loss, method="auto", steps=2, progress=False)
-    assert "method: supernet/bignas (from scratch, 2 steps)" in capsys.readouterr().out
+    said = "method: supernet/pa-da (from scratch, and 2 steps are few)"
+    assert said in capsys.readouterr().out
     assert torch.equal(state, torch.get_rng_state())
 
 
