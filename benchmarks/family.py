@@ -177,11 +177,11 @@ def main() -> None:
         for done in as_completed(running):
             which, row = running[done], done.result()
             runs[which] = row
+            if {TOGETHER, str(SIZES - 1)} <= set(runs):
+                figures["summary"] = summary(figures)
             write_json(RESULT, figures)
             scores = " ".join(f"{100 * value:.1f}" for value in row["scores"])
             print(f"{which}: {scores} ({row['cpu_seconds']:.0f} s)", flush=True)
-    figures["summary"] = summary(figures)
-    write_json(RESULT, figures)
     for name, value in figures["summary"].items():
         print(f"{name}: {value:.2f}")
     PICTURE.parent.mkdir(exist_ok=True)
