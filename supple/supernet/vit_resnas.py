@@ -60,8 +60,11 @@ class ViTResNAS(SupernetRule):
         Masks are derived from the network's sites instead of being written into its layers,
         and the backward of the masked layer norm is autograd's. The width of a later stage is
         that of the one before and an increment, each with choices of its own. Warm-up counts
-        steps, not epochs. The authors' evolutionary search is not part of it; `supple.search`
-        finds sizes of any trained network.
+        steps, not epochs, and takes a tenth of them, where the authors' scripts have a quarter
+        (`ramp=0.25`). In the warm-up the authors sort heads and hidden units anew by
+        importance after each epoch; here they stay as they are. The authors'
+        evolutionary search is not part of it; `supple.search` finds sizes of any trained
+        network.
     Checked:
         Outputs and gradients of a mixed batch against sub-networks run one by one, with
         biases, positions and residuals that would leak; the masked layer norm against
