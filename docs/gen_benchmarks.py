@@ -53,6 +53,7 @@ fine-tuned on WikiText; perplexity per token, lower is better. Seconds are of on
 The sizes compared lie on one nested chain. `variant` and `sortednet` train no others, which
 helps them here; the next section is about sizes all over the space. A pass of `sortednet` is of
 a quarter of a batch. Methods with one pass per step make more steps than those with four.
+`autodistil` sees no labels: it learns the relations inside a frozen copy.
 """
 
 SEARCH = """## Searches
