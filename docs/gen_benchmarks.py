@@ -251,8 +251,8 @@ def ranking(result: dict[str, Any]) -> str:
     text = (
         "## How well a network trained for all sizes ranks them\n\n"
         "The network and sizes of *Sizes trained alone* below, trained together by each method "
-        "with 1,200 passes. Kendall's tau is between its accuracies of the 92 sizes and those of "
-        f"the sizes trained alone: {result['ceiling']:.2f} is what a second training alone "
+        "with 1,200 passes. Kendall's tau is between its accuracies of the 92 sizes and those "
+        f"of the sizes trained alone: {result['ceiling']:.2f} is what a second training alone "
         f"reaches, {result['cost_tau']:.2f} what the bare cost does. Regret is what is lost, "
         "in points, by taking the size with the best score: of all, and of those that cost at "
         f"most half of the largest. Means of three seeds. {_source(result, [])}\n\n"
