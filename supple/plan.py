@@ -548,8 +548,7 @@ class Shadows:
         self._entries.append((holder, name, holder.get(name, _ABSENT), value))
         holder[name] = value
 
-    def undo(self) -> None:
-        """Put back what was there before."""
+    def _put_back(self) -> None:
         for holder, name, before, _ in reversed(self._entries):
             if before is _ABSENT:
                 del holder[name]
@@ -562,13 +561,13 @@ class Shadows:
         Some of that refers to this object: the tensors would otherwise stay in memory until
         the garbage collector comes.
         """
-        self.undo()
+        self._put_back()
         self._entries.clear()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Put back what was there before, for the duration of the block."""
-        self.undo()
+        self._put_back()
         try:
             yield
         finally:

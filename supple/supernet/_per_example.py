@@ -242,7 +242,7 @@ def _gated(module: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
             undo.put(vars(block), "forward", _chosen(block.forward, gate))
         yield
     finally:
-        undo.undo()
+        undo.end()
 
 
 def _chosen(forward: Callable[..., Any], gate: Tensor) -> Callable[..., Any]:

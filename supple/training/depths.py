@@ -131,7 +131,7 @@ class Depths:
                 shadows.put(vars(block), "forward", _giving(path, self.blocks[path]))
             yield
         finally:
-            shadows.undo()
+            shadows.end()
 
 
 def _giving(path: str, output: Any) -> Callable[..., Any]:
