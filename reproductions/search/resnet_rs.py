@@ -36,8 +36,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 from reproductions.search._scaled import DATA, accuracy, cost
-from supple.search._scaling import ScalingRule, Spec
-from supple.search.resnet_rs import ResNetRS
+from supple.search._scaling import ScalingRule
+from supple.search.resnet_rs import ResNetRS, Spec
 from supple.testing.reproduce import Claim, across
 
 __all__ = ["DATA", "OFF", "ON", "claims"]

@@ -38,8 +38,8 @@ from functools import cache
 import numpy as np
 
 from reproductions.search._scaled import DATA, accuracy, cost
-from supple.search._scaling import ScalingRule, Spec
-from supple.search.tinynet import TinyNet
+from supple.search._scaling import ScalingRule
+from supple.search.tinynet import Spec, TinyNet
 from supple.testing.reproduce import Claim, across
 
 __all__ = ["DATA", "OFF", "ON", "claims"]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from supple.errors import SettingError
-from supple.search._scaling import Factors, ScalingRule, by_shares
+from supple.search._scaling import Factors, ScalingRule, Spec, by_shares
 from supple.technique import register
 
-__all__ = ["FastScaling"]
+__all__ = ["FastScaling", "Spec"]
 
 
 @register(title="Fast compound scaling", paper="arXiv:2103.06877")
@@ -34,7 +34,7 @@ class FastScaling(ScalingRule):
 
     Example:
         >>> from supple.models.base import build
-        >>> from supple.search._scaling import Spec
+        >>> from supple.search.fast_scaling import Spec
         >>> base = Spec(depth=(2, 2, 2), width=(16, 32, 64), resolution=32)
         >>> spec = FastScaling().scale(base, 16)
         >>> spec

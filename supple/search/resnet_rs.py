@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from supple.errors import SettingError
-from supple.search._scaling import Factors, ScalingRule, by_shares
+from supple.search._scaling import Factors, ScalingRule, Spec, by_shares
 from supple.technique import register
 
-__all__ = ["ResNetRS"]
+__all__ = ["ResNetRS", "Spec"]
 
 
 @register(title="Scaling strategies of ResNet-RS", paper="arXiv:2103.07579")
@@ -34,7 +34,7 @@ class ResNetRS(ScalingRule):
         resolution_divisor: Resolutions are multiples of it.
 
     Example:
-        >>> from supple.search._scaling import Spec
+        >>> from supple.search.resnet_rs import Spec
         >>> base = Spec(depth=(2, 2, 2), width=(16, 32, 64), resolution=32)
         >>> ResNetRS().scale(base, 4).depth, ResNetRS(overfits=False).scale(base, 4).width
         ((5, 5, 5), (24, 48, 96))

@@ -16,12 +16,12 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
 from supple.errors import SettingError
-from supple.search._scaling import Factors, ScalingRule, kept_shares
+from supple.search._scaling import Factors, ScalingRule, Spec, kept_shares
 from supple.search.base import Told
 from supple.space import Space
 from supple.technique import register
 
-__all__ = ["TinyNet"]
+__all__ = ["Spec", "TinyNet"]
 
 IntArray = NDArray[np.int64]
 Points = tuple[tuple[float, float, float], ...]
@@ -60,7 +60,7 @@ class TinyNet(ScalingRule):
         resolution_divisor: Resolutions are multiples of it.
 
     Example:
-        >>> from supple.search._scaling import Spec
+        >>> from supple.search.tinynet import Spec
         >>> base = Spec(depth=(2, 4, 3), width=(32, 64, 128), resolution=64)
         >>> TinyNet().scale(base, 0.25)
         Spec(depth=(2, 3, 3), width=(24, 40, 88), resolution=52, group=())

@@ -7,8 +7,7 @@ import math
 import pytest
 
 from supple.errors import SettingError
-from supple.search._scaling import Spec
-from supple.search.fast_scaling import FastScaling
+from supple.search.fast_scaling import FastScaling, Spec
 
 
 def test_factors_are_those_of_the_authors_preset() -> None:
