@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import sklearn
 from numpy.typing import NDArray
 from sklearn import svm
 from sklearn.base import clone
@@ -209,7 +210,9 @@ def _best(
     scaled = values / scale
     chosen = regressors[0]
     if len(regressors) > 1:
-        errors = [_percentage_error(one, features, scaled) for one in regressors]
+        # The values were checked; checking them again would take longer than the small fits.
+        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+            errors = [_percentage_error(one, features, scaled) for one in regressors]
         chosen = regressors[int(np.argmin(errors))]
     chosen.fit(features, scaled)
     if isinstance(chosen, RidgeRegressor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from supple import predictors
 from supple.technique import Rule, technique, techniques
 from supple.testing import rules
 from supple.testing.checks import Check, yield_checks
@@ -25,8 +26,9 @@ def _cases() -> list[pytest.ParameterSet]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm() -> None:
-    """Learns the operators' rules once, so that no technique is charged for them."""
-    rules.network()
+    """Loads and learns once what all share, so that no technique is charged for it."""
+    rules.check_rule_repeats(technique("supernet/bignas")())
+    predictors.predictor("ridge-svr")
     for cls in map(technique, techniques()):
         if issubclass(cls, Rule) and cls.toy() is not None:
             rules.network(cls.examples()[0])

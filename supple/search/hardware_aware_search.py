@@ -49,7 +49,7 @@ class HardwareAwareSearch(SearchAlgorithm):
     Example:
         >>> from supple.space import Site, Space
         >>> space = Space([Site(f"s{i}", "width", tuple(range(4)), 3) for i in range(10)])
-        >>> search = HardwareAwareSearch(population=10, candidates=500)
+        >>> search = HardwareAwareSearch(population=10, candidates=200, predictor="ridge")
         >>> size = lambda rows: rows.sum(axis=1)
         >>> run = search.start(space, ["size", "loss"], 0, exact={"size": size})
         >>> for _ in range(4):
