@@ -6,15 +6,15 @@ sampled sequences, which it must reproduce, they do.
 
 Rewards are looked up: the CIFAR-10 test accuracy of the 15,625 cells of NAS-Bench-201 (six
 edges with one of five operations; the table is complete, so that nothing is interpolated, which
-is why it stands in for nb-mini, a table of 92 sizes out of 46,656). Twenty seeds.
+is why it stands in for nb-mini, a table of 92 sizes out of 46,656).
 
 Search: a controller samples 50 cells and learns from them as it goes; its best is held against
-the best of 50 uniform draws. The figure is the t of the paired differences over the seeds.
+the best of 50 uniform draws. The figure is the t of the paired differences over twenty seeds.
 
 States: the controller samples and learns from 1,000 cells; then, over 64 sampled sequences,
 distances of hidden states are held against the number of earlier decisions that differ, among
 pairs whose last decision is the same (Spearman's correlation; states of the later half of the
-sequence). Arms: with a memory of 1,000 sequences and weight 1, and without; all else is equal,
+sequence), with ten seeds. Arms: with a memory of 1,000 sequences and weight 1, and without; all else is equal,
 and at its defaults. The entropy of the decisions is kept beside it: where it has collapsed, a
 correlation says nothing.
 
@@ -22,7 +22,10 @@ Thresholds, as the catalogue of techniques has them: t below 2.09 (two-sided 5 %
 of freedom); a correlation below 0.2 without the memory, above 0.5 with it, each by more than
 its spread over the seeds.
 
-History: no pilot; the time that a run takes was measured before.
+History: a pilot with one seed (1000, not reported) came after the thresholds: a correlation of
+0.61 without the memory and of 0.49 with it, against both claims. After 50 cells, all but
+untrained, both controllers had 0.65: random weights remember, nobody has to teach them. The
+thresholds stayed; the states have ten seeds instead of twenty, to save time.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ SEEDS = tuple(range(20))
 ON = ENASUnderstanding(memory=1000)
 OFF = ENASUnderstanding(memory=0)
 FEW, MANY = 50, 1000
+STATES = 10
+"""Seeds of what is asked of states."""
 SIGNIFICANT = 2.09
 FORGOTTEN, KEPT = 0.2, 0.5
 
@@ -72,7 +77,7 @@ def _correlated(
     name: str, method: ENASUnderstanding, limit: float, seeds: Sequence[int]
 ) -> Claim:
     """Holds the correlation of states and decisions against a limit, from the side meant."""
-    many = audits(method, MANY, tuple(seeds))
+    many = audits(method, MANY, tuple(seeds[:STATES]))
     return Claim(
         name,
         [audit.correlation for audit in many],
