@@ -14,9 +14,9 @@ the best of 50 uniform draws. The figure is the t of the paired differences over
 States: the controller samples and learns from 1,000 cells; then, over 64 sampled sequences,
 distances of hidden states are held against the number of earlier decisions that differ, among
 pairs whose last decision is the same (Spearman's correlation; states of the later half of the
-sequence), with ten seeds. Arms: with a memory of 1,000 sequences and weight 1, and without; all else is equal,
-and at its defaults. The entropy of the decisions is kept beside it: where it has collapsed, a
-correlation says nothing.
+sequence), with ten seeds. Arms: with a memory of 1,000 sequences and weight 1, and without; all
+else is equal, and at its defaults. The entropy of the decisions is kept beside it: where it has
+collapsed, a correlation says nothing.
 
 Thresholds, as the catalogue of techniques has them: t below 2.09 (two-sided 5 % at 19 degrees
 of freedom); a correlation below 0.2 without the memory, above 0.5 with it, each by more than
