@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from supple.cost.count import activation_bytes, inference, run_forward
+from supple.cost.energy import energy_of
 from supple.errors import SettingError, nearest
 from supple.quantity import show
 
@@ -38,7 +39,7 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 
-WHAT = ("latency", "memory")
+WHAT = ("latency", "memory", "energy")
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,25 @@ class Measurement:
         threads: Number of CPU threads that were used.
         latency: Seconds per forward, or None where it wasn't asked for.
         memory: Bytes that tensors hold at the peak of one forward, or None likewise.
+        energy: Joules per forward, or None likewise.
     """
 
     device: str
     threads: int
     latency: Timing | None = None
     memory: int | None = None
+    energy: float | None = None
 
     @property
     def values(self) -> dict[str, float]:
-        """The figures by name, in seconds and bytes."""
+        """The figures by name, in seconds, bytes and joules."""
         found: dict[str, float] = {}
         if self.latency is not None:
             found["latency"] = self.latency.median
         if self.memory is not None:
             found["memory"] = float(self.memory)
+        if self.energy is not None:
+            found["energy"] = self.energy
         return found
 
     def __str__(self) -> str:
@@ -98,6 +103,8 @@ class Measurement:
             )
         if self.memory is not None:
             figures.append(f"memory {show(self.memory, 'B')}")
+        if self.energy is not None:
+            figures.append(f"energy {show(self.energy, 'J')}")
         return f"{', '.join(figures)} on {self.device}"
 
 
@@ -105,7 +112,7 @@ def measure(
     module: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    what: Sequence[str] = WHAT,
+    what: Sequence[str] = ("latency", "memory"),
     *,
     batch: int | None = None,
     threads: int = 1,
@@ -121,11 +128,15 @@ def measure(
     over all tensors by their lifetimes (see `supple.cost.count`): scratch memory inside an
     operator and the allocator's slack aren't in it. On a GPU it is the allocator's own peak.
 
+    *Energy* is what the processor's own counters say (see `supple.cost.energy`), the mean over a
+    second of forwards, with the idle power and whatever else runs. Where a machine has no such
+    counters it is refused.
+
     Args:
         module: The network; its mode and the number of threads are restored.
         args: Example inputs by position, on the module's device.
         kwargs: Example inputs by name.
-        what: Any of `"latency"` and `"memory"`.
+        what: Any of `"latency"`, `"memory"` and `"energy"`.
         batch: Batch size to measure at: example inputs are cut or repeated along their first
             dimension. As given by default.
         threads: Number of CPU threads, 1 or more.
@@ -135,7 +146,7 @@ def measure(
         The figures, with the device's name.
 
     Raises:
-        SettingError: A setting can't be used.
+        SettingError: A setting can't be used, or energy is not measurable here.
         UnsupportedModelError: The forward fails on these inputs.
 
     Example:
@@ -160,6 +171,7 @@ def measure(
             threads=threads,
             latency=_latency(module, args, kwargs, repeats) if "latency" in what else None,
             memory=_memory(module, args, kwargs) if "memory" in what else None,
+            energy=_energy(module, args, kwargs) if "energy" in what else None,
         )
 
 
@@ -173,12 +185,12 @@ def measure_named(
 
     Args:
         module: The network.
-        name: Such as `"latency"`, `"memory"` or `"latency[batch=1,threads=2]"`.
+        name: Such as `"latency"`, `"memory"`, `"energy"` or `"latency[batch=1,threads=2]"`.
         args: Example inputs by position.
         kwargs: Example inputs by name.
 
     Returns:
-        The median in seconds, or bytes.
+        The median in seconds, or bytes, or joules.
 
     Raises:
         SettingError: The name or a setting is unknown.
@@ -433,6 +445,13 @@ def _memory(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         run_forward(module, args, kwargs)
         _wait(device)
         return weights + inputs + torch.cuda.max_memory_allocated(device) - before
+
+
+def _energy(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> float:
+    with inference(module, fused=True):
+        return energy_of(lambda: run_forward(module, args, kwargs), _device(module))
 
 
 def _storage_bytes(values: Sequence[Any]) -> int:

@@ -14,7 +14,7 @@ from supple.recipe.schema import Choice, Recipe
 __all__ = ["CLOSED_COSTS", "check_references"]
 
 CLOSED_COSTS = ("params", "macs", "weight_bytes", "activation_bytes")
-MEASURED_COSTS = ("latency", "memory")
+MEASURED_COSTS = ("latency", "memory", "energy")
 
 
 def check_references(recipe: Recipe, source: Source) -> None:
@@ -128,12 +128,19 @@ def _check_technique(where: Where, choice: Choice, kind: str, source: Source) ->
 
 
 def _check_costs(recipe: Recipe, source: Source) -> None:
+    from supple.cost.energy import why_not_measurable
+
     for index, cost in enumerate(recipe.search.costs):
         if cost not in CLOSED_COSTS and cost.split("[")[0] not in MEASURED_COSTS:
-            known = (*CLOSED_COSTS, "latency[batch=1]", "memory")
+            known = (*CLOSED_COSTS, "latency[batch=1]", "memory", "energy")
             raise source.error(
                 ("search", "costs", index),
                 f"no cost is called {cost!r}{nearest(cost, known)}; use {', '.join(known)}",
+            )
+        reason = why_not_measurable() if cost.startswith("energy") else None
+        if reason is not None:
+            raise source.error(
+                ("search", "costs", index), f"{cost!r} is not measurable here: {reason}"
             )
     predicted = [cost for cost in recipe.search.costs if "[predicted" in cost]
     if predicted and recipe.search.latency is None:

@@ -119,8 +119,8 @@ class Search(Section):
         technique: The algorithm, written as `search/nsga2: {settings}`.
         evaluations: Networks to evaluate, at least 1.
         costs: Closed forms (`params`, `macs`, `weight_bytes`, `activation_bytes`) and
-            measured ones (`latency[batch=1]`, `memory`); `latency[predicted]` by the model
-            in `latency`.
+            measured ones (`latency[batch=1]`, `memory`, `energy`); `latency[predicted]` by
+            the model in `latency`.
         latency: File of a latency model, as `supple profile` writes it for a recipe.
         metric: The figure of the validation set that sizes are chosen by; by default the
             task's own (`accuracy` or `perplexity`). `loss` tells more sizes apart where the

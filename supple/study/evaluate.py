@@ -41,7 +41,7 @@ class NamedCost(Protocol):
 
 CostNames = str | Sequence[str | NamedCost] | Mapping[str, CostFunction]
 
-_MEASURED = ("latency", "memory")
+_MEASURED = ("latency", "memory", "energy")
 _SAMPLED = 4096
 
 
@@ -79,7 +79,7 @@ class Costs:
     Args:
         net: An elastic network.
         costs: Names of closed-form costs (`"params"`, `"macs"`, ...) and of measured ones
-            (`"latency[batch=1]"`, `"memory"`), costs that know their name (a latency model),
+            (`"latency[batch=1]"`, `"memory"`, `"energy"`), costs that know their name (a latency model),
             or name to function of a list of configs.
 
     Raises:
