@@ -122,6 +122,34 @@ def _nothing_varies(model: nn.Module, fixed: Sequence[Fixed]) -> str:
     return f"no site of {type(model).__name__} can vary along the given axes:\n{listed}"
 
 
+def _sent(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: tuple[Axis, ...],
+    space: Space,
+    statistics: Mapping[Config, dict[str, Tensor]],
+    verified: bool,
+) -> Elastic:
+    """The network that `Elastic.__reduce__` was told of, in another process."""
+    net = elastic(module, args, kwargs, axes, verify=False)
+    why = {fixed.name: fixed.reason for fixed in space.fixed}
+    left = set(space.names)
+    net.remove_sites(
+        {s.name: why.get(s.name, "") for s in net.space.sites if s.name not in left}
+    )
+    if net.space.digest != space.digest:
+        raise UnsupportedModelError(
+            f"a copy of this {type(module).__name__} for another process has other sites than "
+            "the network itself, whose model or axes were changed since it was made"
+        )
+    net.space = Space(net.space.sites, space.fixed)
+    for config, values in statistics.items():
+        net.statistics[config] = values
+    net.verified = verified
+    return net
+
+
 class Elastic:
     """A network that runs at any size; made by `elastic`.
 
@@ -188,6 +216,17 @@ class Elastic:
         like = next(module.parameters(), next(self.module.parameters()))
         learns = any(p.requires_grad for p in self.module.parameters())
         return nn.Parameter(value.to(like, copy=True), learns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets it be sent to other processes, which work out anew what is known of it."""
+        if self._active is not None:
+            raise ConcurrencyError(
+                "a size of this network is active, so it can't be sent; leave that block first"
+            )
+        made = (self.module, self.args, self.kwargs, self.axes)
+        # The sites as data: those of the axes hold on to what is known of the model.
+        space = Space.from_json(self.space.to_json())
+        return _sent, (*made, space, dict(self.statistics), self.verified)
 
     # --- using it -------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from supple.graph.dims import positions
 from supple.graph.order import expand_order
 from supple.network import Elastic, elastic
 from supple.space import Config
+from supple.training.recalibrate import recalibrate
 from tests.graph.checks import (
     assert_active_equals_extracted,
     assert_same,
@@ -1055,3 +1057,39 @@ def test_a_config_seen_before_is_still_checked_against_the_sites_of_now() -> Non
     net.remove_sites({net.space.sites[0].name: "a test"})
     with pytest.raises(SettingError), net.at(config):
         pass
+
+
+# --- other processes ------------------------------------------------------------------------
+
+
+def sent(net: Elastic) -> Elastic:
+    other: Elastic = ForkingPickler.loads(ForkingPickler.dumps(net))
+    return other
+
+
+def test_a_network_that_was_sent_has_the_same_sites_statistics_and_outputs() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    )
+    x = torch.randn(2, 3, 8, 8)
+    net = elastic(model.append(nn.Conv2d(8, 2, 3)), (x,)).eval()
+    net.remove_sites({net.space.names[-1]: "by hand"})
+    config = net.space.smallest()
+    recalibrate(net, config, [(x,)])
+    other = sent(net)
+    assert other.module is not net.module
+    assert other.space.to_json() == net.space.to_json()
+    assert (other.verified, list(other.statistics)) == (True, [config])
+    with net.at(config), other.at(config), torch.no_grad():
+        assert torch.equal(net(x), other(x))
+    assert not other.statistics.outdated()  # type: ignore[attr-defined]
+
+
+def test_an_active_network_is_not_sent_and_one_with_other_axes_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    net = elastic(model, torch.ones(2, 6))
+    with net.at(net.space.smallest()), pytest.raises(ConcurrencyError, match="can't be sent"):
+        sent(net)
+    net.axes = (Width((0.125, 1.0)),)
+    with pytest.raises(UnsupportedModelError, match="other sites than"):
+        sent(net)
