@@ -372,6 +372,8 @@ class Run:
         gates = [g for g in found if g is not None]
         if not gates:
             return None
+        if len(gates) == 1:
+            return gates[0]
         if all(g.keys() == gates[0].keys() for g in gates) and len(gates[0]) <= 1 + len(
             self._fixed
         ):

@@ -14,6 +14,7 @@ import supple
 from supple.axes.base import Axis, Patch
 from supple.cost.closed import COSTS
 from supple.cost.count import count
+from supple.layers.choice import Choice
 from supple.models.base import build
 from supple.network import Elastic, elastic
 from supple.space import Site
@@ -121,6 +122,28 @@ def test_an_operator_axis_is_priced_without_touching_the_core() -> None:
     priced = net.costs(configs)
     for name in ("params", "macs", "weight_bytes"):
         assert priced[name].tolist() == [counted(net, c)[name] for c in configs]
+
+
+def test_options_inside_blocks_that_can_be_skipped_are_priced() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = Choice(
+                nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.inside(x)
+
+    model = nn.Sequential(nn.Linear(3, 6), nn.Sequential(Block(), Block()), nn.Linear(6, 2))
+    axes = [supple.Depth(), supple.Operator()]
+    net = elastic(model, (torch.ones(2, 3),), axes=axes, verify=False)
+    for config in map(net.space.decode, net.space.every()):
+        counted = count(net.extract(config), (torch.ones(2, 3),))
+        priced = {name: values[0] for name, values in net.costs([config]).items()}
+        assert {name: priced[name] for name in ("params", "macs", "weight_bytes")} == {
+            name: counted[name] for name in ("params", "macs", "weight_bytes")
+        }
 
 
 def test_encoded_configs_and_configs_give_the_same() -> None:
