@@ -86,23 +86,25 @@ class SequenceController(nn.Module):
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -_SPREAD, _SPREAD)
 
-    def forward(self, rows: Tensor) -> Decisions:
+    def forward(self, rows: Tensor, state: Tensor | None = None) -> Decisions:
         """Says what the controller would have decided along given sequences.
 
         Args:
             rows: Choice indices, shape (sequences, sites).
+            state: Hidden state that each sequence begins with, shape (sequences, hidden);
+                zeros by default.
         """
         start = torch.full_like(rows[:, :1], self.embedding.num_embeddings - 1)
         tokens = torch.cat([start, (rows + self.offsets)[:, :-1]], dim=1)
-        states, _ = self.lstm(self.embedding(tokens))
+        states, _ = self.lstm(self.embedding(tokens), _memory(state))
         logits = torch.stack([head(states[:, i]) for i, head in enumerate(self.heads)], dim=1)
         return Decisions(self._log_probs(logits, self.missing), states)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws sequences, shape (n, sites)."""
+    def sample(self, n: int, generator: torch.Generator, state: Tensor | None = None) -> Tensor:
+        """Draws sequences, shape (n, sites), each from a hidden state, shape (n, hidden)."""
         token = torch.full((n, 1), self.embedding.num_embeddings - 1)
-        memory = None
+        memory = _memory(state)
         drawn = []
         for i, head in enumerate(self.heads):
             state, memory = self.lstm(self.embedding(token), memory)
@@ -134,6 +136,11 @@ class Baseline:
         before = float(rewards.mean()) if self.value is None else self.value
         self.value = self.decay * before + (1 - self.decay) * float(rewards.mean())
         return rewards - before
+
+
+def _memory(state: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The hidden state in the LSTM's form, with an empty cell."""
+    return None if state is None else (state[None].contiguous(), torch.zeros_like(state)[None])
 
 
 def chosen(decisions: Decisions, rows: Tensor) -> Tensor:

@@ -49,6 +49,17 @@ def test_a_state_has_seen_the_decisions_before_and_no_others() -> None:
     assert not torch.equal(a.states[:, 2], b.states[:, 2])
 
 
+def test_a_sequence_begins_in_the_state_that_is_given() -> None:
+    controller = SequenceController((2, 3), hidden=7, temperature=0.05)
+    every = torch.cartesian_prod(torch.arange(2), torch.arange(3))
+    state = torch.linspace(-3, 3, 7).roll(1)
+    expected = chosen(controller(every, state.repeat(6, 1)), every).exp()
+    assert (expected - chosen(controller(every), every).exp()).abs().max() > 0.04
+    drawn = controller.sample(4000, generator(0, "test"), state.repeat(4000, 1))
+    share = (drawn[:, None] == every).all(-1).float().mean(0)
+    assert (share - expected).abs().max() < 0.03
+
+
 def test_logits_are_divided_and_squashed() -> None:
     rows = torch.tensor([[0, 0, 0]])
     plain = SequenceController(COUNTS, hidden=7, temperature=1.0, limit=None)(rows).log_probs
