@@ -200,12 +200,13 @@ class Rule(Technique):
     kind: ClassVar[str] = "rule"
 
     @classmethod
-    def toy(cls) -> nn.Module | None:
+    def toy(cls) -> Any:
         """Gives a small model that conformance is checked with.
 
         Returns:
             A model from (N, 5) to (N, 3), with always the same weights, which is made elastic
-            in all ways that it can be; None where an elastic width will do.
+            in all ways that it can be, or such a network, made elastic; None where an elastic
+            width will do.
         """
         return None
 

@@ -1,0 +1,810 @@
+"""Differentiable search: a network that runs as a mixture of its choices, and learns which.
+
+Three parts, each a value that a technique picks:
+
+- a `Relaxation` makes an elastic network run as a mixture, given weights for the choices of
+  its sites: `OutputMixture` adds up the outputs of the options of `supple.layers.Choice`;
+- a `Weighing` (`supple.search._alphas`) turns architecture parameters into these weights;
+- a `RelaxedRun` trains network and architecture parameters in turns, on two halves of the
+  data, as in DARTS.
+
+A technique derives from `RelaxedSearch` and overrides `relaxation`, `weighing`, `criterion`,
+`teachers`, `sampler`, `penalty` or `derive`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from supple.axes.operator import Operator
+from supple.errors import CheckpointError, SettingError, UnsupportedModelError
+from supple.layers.choice import Choice
+from supple.network import Elastic, elastic
+from supple.recompute import recomputing
+from supple.search._alphas import Alphas, Softmax, Weighing
+from supple.space import Config, Site
+from supple.technique import Rule
+from supple.training.batches import Forward, Loss, batches_of, run_model, split
+from supple.training.ema import Average
+from supple.training.losses import Criterion, Labels
+from supple.training.schedule import Schedule
+from supple.training.seeds import kept
+from supple.training.step import Sampler, SizesRun, StepOptions, WholeOnly
+
+__all__ = [
+    "Halves",
+    "OutputMixture",
+    "Relaxation",
+    "RelaxedRun",
+    "RelaxedSearch",
+    "buffers_kept",
+    "halves",
+]
+
+Weights = Mapping[str, Tensor]
+"""For a site's name, the weights of its choices in their order, shape (choices,)."""
+
+_BETAS = (0.5, 0.999)
+_REACH = 1e-2
+"""How far the weights are moved, in norm, for a finite difference."""
+
+
+# -------------------------------------------------------------------------------- relaxations
+
+
+class Relaxation(ABC):
+    """A way in which a network runs as a mixture of the choices of some of its sites."""
+
+    @abstractmethod
+    def sites(self, net: Elastic) -> Sequence[Site]:
+        """Gives the sites that can be mixed.
+
+        Args:
+            net: An elastic network.
+        """
+
+    @abstractmethod
+    def mixed(self, net: Elastic, weights: Weights) -> AbstractContextManager[None]:
+        """Makes the full network run as a mixture, for the duration of the block.
+
+        Nothing of it stays afterwards; owners stay in place, and gradients reach them and the
+        weights, also when backward runs after the block. It may be entered twice at once.
+
+        Args:
+            net: The network; no size of it is active.
+            weights: By site; sites that it does not name are full. Weights may require
+                gradients; choices whose weight is exactly 0 and does not may be left out.
+        """
+
+    @contextlib.contextmanager
+    def applied(self, net: Elastic, weights: Weights) -> Iterator[None]:
+        """Checks the weights and makes the network run as a mixture inside the block.
+
+        What backward recomputes afterwards is mixed alike.
+
+        Args:
+            net: The network.
+            weights: By site.
+
+        Raises:
+            SettingError: A site can't be mixed, or has another number of choices.
+        """
+        known = {site.name: len(site.choices) for site in self.sites(net)}
+        for name, each in weights.items():
+            if tuple(each.shape) != (known.get(name),):
+                raise SettingError(
+                    f"weights of site {name!r} must have the shape ({known.get(name)},), got "
+                    f"{tuple(each.shape)}"
+                    if name in known
+                    else f"site {name!r} can't be mixed (these can: {', '.join(known)})"
+                )
+        with self.mixed(net, weights), recomputing(lambda: self.mixed(net, weights)):
+            yield
+
+
+@dataclass(frozen=True)
+class OutputMixture(Relaxation):
+    r"""Adds up the outputs of all options of each `supple.layers.Choice`: $\sum_i w_i f_i(x)$.
+
+    An option whose weight is exactly 0 and needs no gradient does not run. Options must not
+    change their inputs in place, since all of them get the same.
+    """
+
+    def sites(self, net: Elastic) -> Sequence[Site]:
+        """Gives the sites of axis `operator`."""
+        return [site for site in net.space.sites if site.axis == Operator.name]
+
+    @contextlib.contextmanager
+    def mixed(self, net: Elastic, weights: Weights) -> Iterator[None]:
+        """Lets each layer's forward be the mixture."""
+        with contextlib.ExitStack() as stack:
+            for name, each in weights.items():
+                layer = net.module.get_submodule(name)
+                assert isinstance(layer, Choice)
+                stack.enter_context(_shadowed(layer, functools.partial(_mix, layer, each)))
+            yield
+
+
+@contextlib.contextmanager
+def _shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(layer).get("forward")
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = before
+
+
+def _mix(layer: Choice, weights: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Runs the options that count, and adds up what they give."""
+    live = [
+        index
+        for index, weight in enumerate(weights.detach().tolist())
+        if weight or weights.requires_grad
+    ] or [0]  # with all weights 0, something must tell the shape
+    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    outputs = []
+    for index in live:
+        written = [_version(x) for x in inputs]
+        outputs.append(layer.options[index](*args, **kwargs))
+        if written != [_version(x) for x in inputs]:
+            raise UnsupportedModelError(
+                f"option {index} ({type(layer.options[index]).__name__}) of a choice changes "
+                "its input in place, which the other options get too; use inplace=False"
+            )
+
+    def total(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        terms = [weights[index] * leaf for index, leaf in zip(live, leaves, strict=True)]
+        return sum(terms[1:], terms[0])
+
+    return tree_map(total, *outputs)
+
+
+def _version(tensor: Tensor) -> int:
+    # Tensors made in inference mode do not count how often they are written to.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# ------------------------------------------------------------------------------------ a run
+
+
+class Halves(NamedTuple):
+    """The two batches of a step.
+
+    Args:
+        train: What the network's weights learn from.
+        validation: What the architecture parameters learn from.
+    """
+
+    train: Any
+    validation: Any
+
+
+def halves(batch: Any) -> Halves:
+    """Gives the two batches of a step.
+
+    Args:
+        batch: `Halves`, or a pair of batches that are tuples, lists or mappings: training and
+            validation, from two sets that stay apart, as papers have it. Any other batch is
+            split in the middle; which half an example is in is then up to the data's order.
+
+    Raises:
+        SettingError: There are fewer than two examples to split.
+
+    Example:
+        >>> x = torch.arange(5)
+        >>> [half[0].tolist() for half in halves((x, x))]
+        [[0, 1, 2], [3, 4]]
+        >>> halves(((x[:1], x[:1]), (x[1:], x[1:]))).train[0].tolist()
+        [0]
+    """
+    if isinstance(batch, Halves):
+        return batch
+    nested = (tuple, list, Mapping)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        train, validation = batch
+        if isinstance(train, nested) and isinstance(validation, nested):
+            return Halves(train, validation)
+    parts = split(batch, 2)
+    if len(parts) < 2:
+        raise SettingError("a batch of one example can't be split into two halves")
+    return Halves(*parts)
+
+
+class RelaxedRun:
+    """Differentiable search in progress: what `RelaxedSearch.start` returns.
+
+    A step trains the architecture parameters on the validation half, and then the network's
+    weights on the training half.
+
+    Args:
+        method: The technique.
+        net: The network.
+        optimizer: Over the network's parameters.
+        loss: `loss(output, batch) -> scalar`.
+        forward: `forward(model, batch) -> output`.
+        generator: Source of all randomness.
+        options: Of the training of the weights.
+        alphas: Those of an earlier run; None for new ones.
+
+    Attributes:
+        net: The network.
+        sites: What is searched.
+        alphas: The architecture parameters.
+        weights: The training of the weights.
+        architecture: The training of the architecture parameters.
+        fixed: Sites that are decided: name to the index of the choice.
+    """
+
+    def __init__(
+        self,
+        method: RelaxedSearch,
+        net: Elastic,
+        optimizer: Optimizer,
+        *,
+        loss: Loss,
+        forward: Forward,
+        generator: torch.Generator,
+        options: StepOptions,
+        alphas: Alphas | None = None,
+    ) -> None:
+        self.method = method
+        self.net = net
+        self.optimizer = optimizer
+        self.loss = loss
+        self.forward = forward
+        self.generator = generator
+        self.options = options
+        self.relaxation = method.relaxation()
+        self.sites = tuple(self.relaxation.sites(net))
+        self.fixed: dict[str, int] = {}
+        self._weighing = method.weighing()
+        self.alphas = Alphas(self.sites, generator, net.device) if alphas is None else alphas
+        self.weights = SizesRun(
+            net,
+            optimizer,
+            method.sampler(self),
+            method.criterion(loss),
+            forward=self._forward,
+            generator=generator,
+            teachers=method.teachers(self),
+            options=options,
+        )
+        adam = Adam(
+            self.alphas.parameters(),
+            lr=method.lr,
+            betas=_BETAS,
+            weight_decay=method.weight_decay,
+        )
+        self.architecture = SizesRun(
+            self.alphas,
+            adam,
+            WholeOnly(None, role="alphas"),
+            Labels(self._architecture_loss),
+            forward=lambda _, batch: batch,  # the loss runs the network
+            options=StepOptions(precision=options.precision),
+        )
+
+    # What `supple.train` asks of a run.
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the weights in the last step."""
+        return self.weights.lr
+
+    @property
+    def passes(self) -> int:
+        """How many forwards and backwards there were."""
+        return self.weights.passes + self.architecture.passes
+
+    @property
+    def average(self) -> Average | None:
+        """The running average of the weights, if there is one."""
+        return self.weights.average
+
+    @property
+    def watched(self) -> dict[str, Any] | None:
+        """What the last watched step was like."""
+        return self.weights.watched
+
+    def step(self, batch: Any) -> dict[str, float]:
+        """Trains the architecture parameters, then the weights.
+
+        Args:
+            batch: Two batches, or one that is split in the middle (`halves`).
+
+        Returns:
+            The loss of `alphas`, on the validation half, unless they are frozen, and that of
+            `weights`, on the training half.
+
+        Raises:
+            SuppleError: A loss is not finite.
+            SettingError: The batch can't be split.
+        """
+        both = halves(batch)
+        losses: dict[str, float] = {}
+        if not self.method.frozen and len(self.fixed) < len(self.sites):
+            losses |= self.architecture.step(both)
+        return losses | self.weights.step(both.train)
+
+    def mixture(self, *, draw: bool = False) -> dict[str, Tensor]:
+        """Gives the weights of all choices, with gradients to the architecture parameters.
+
+        Args:
+            draw: Whether they are drawn, as for a step, or the expected ones.
+
+        Returns:
+            Site name to weights, shape (choices,); sites that are decided have one weight 1.
+        """
+        weights = {}
+        for name, alpha in self.alphas.items():
+            if name in self.fixed:
+                weights[name] = torch.zeros_like(alpha)
+                weights[name][self.fixed[name]] = 1.0
+            elif draw:
+                weights[name] = self._weighing.drawn(alpha, self.generator)
+            else:
+                weights[name] = self._weighing.expected(alpha)
+        return weights
+
+    @contextlib.contextmanager
+    def relaxed(self, weights: Weights | None = None) -> Iterator[None]:
+        """Makes the network run as a mixture inside the block.
+
+        Args:
+            weights: By site; None for the expected ones, as constants.
+        """
+        if weights is None:
+            weights = {name: each.detach() for name, each in self.mixture().items()}
+        with self.relaxation.applied(self.net, weights):
+            yield
+
+    def fix(self, name: str, choice: int) -> None:
+        """Decides a site: from here on it runs one choice alone.
+
+        Args:
+            name: A site that is searched.
+            choice: One of its choices.
+
+        Raises:
+            SettingError: There is no such site or choice.
+        """
+        choices = {site.name: site.choices for site in self.sites}
+        if choice not in choices.get(name, ()):
+            raise SettingError(
+                f"site {name!r} must be one of {', '.join(choices)} and its choice one of its "
+                f"own, got {choice!r}"
+            )
+        self.fixed[name] = choices[name].index(choice)
+
+    def derive(self) -> Config:
+        """Gives the config of decided sites and largest architecture parameters.
+
+        Sites that are not searched are full.
+        """
+        best = {name: int(alpha.argmax()) for name, alpha in self.alphas.items()} | self.fixed
+        return self.net.space.config(
+            {site.name: site.choices[best[site.name]] for site in self.sites}
+        )
+
+    def renewed(
+        self, *, rate: float, steps: int, schedule: Schedule | None = None
+    ) -> RelaxedRun:
+        """Begins another run with what this one has learned.
+
+        The network, the architecture parameters with their optimizer, and what is decided stay;
+        the optimizer of the weights forgets its moments.
+
+        Args:
+            rate: Learning rate of the weights, relative to the one this run began with.
+            steps: How many there will be.
+            schedule: Of the learning rate; None for a constant one.
+
+        Returns:
+            The other run; this one must not go on.
+        """
+        self.weights.restart()
+        base = self.weights.state_dict()["base_lr"]
+        for group, lr in zip(self.optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * lr
+        again = RelaxedRun(
+            self.method,
+            self.net,
+            self.optimizer,
+            loss=self.loss,
+            forward=self.forward,
+            generator=self.generator,
+            options=StepOptions(
+                clip=self.options.clip,
+                precision=self.options.precision,
+                schedule=schedule,
+                steps=steps,
+            ),
+            alphas=self.alphas,
+        )
+        again.architecture = self.architecture
+        again.fixed = self.fixed
+        return again
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives everything needed to go on later but the weights and their optimizer."""
+        adam = self.architecture.optimizer
+        return {
+            "weights": self.weights.state_dict(),
+            "architecture": self.architecture.state_dict(),
+            "alphas": {name: alpha.detach().clone() for name, alpha in self.alphas.items()},
+            "moments": {
+                name: {kind: value.clone() for kind, value in adam.state[alpha].items()}
+                for name, alpha in self.alphas.items()
+            },
+            "fixed": dict(self.fixed),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: It is of a search over other sites.
+        """
+        if list(state["alphas"]) != list(self.alphas):
+            raise CheckpointError(
+                f"this state is of a search over {list(state['alphas'])}, the network's sites "
+                f"are {list(self.alphas)}"
+            )
+        self.fixed = dict(state["fixed"])
+        adam = self.architecture.optimizer
+        with torch.no_grad():
+            for name, alpha in self.alphas.items():
+                alpha.copy_(state["alphas"][name])
+                moments = state["moments"][name]
+                adam.state[alpha] = {kind: value.clone() for kind, value in moments.items()}
+        self.architecture.load_state_dict(state["architecture"])
+        self.weights.load_state_dict(state["weights"])
+
+    # ------------------------------------------------------------------------- internals
+
+    def _forward(self, model: nn.Module, batch: Any) -> Any:
+        if model is not self.net.module:  # a teacher knows its own mixture
+            return self.forward(model, batch)
+        with torch.no_grad():
+            weights = self.mixture(draw=True)
+        with self.relaxation.applied(self.net, weights):
+            return self.forward(model, batch)
+
+    def _architecture_loss(self, _: Any, batch: Halves) -> Tensor:
+        """Gives the loss of the validation half, with its gradient by the parameters.
+
+        The gradient is taken by the mixture's weights; the term added to the loss is 0 and
+        hands it on to the architecture parameters.
+        """
+        mixture = self.mixture(draw=True)
+        weights = {
+            name: each.detach().requires_grad_(name not in self.fixed)
+            for name, each in mixture.items()
+        }
+        with buffers_kept(self.net.module):
+            if self.method.order == "first":
+                loss = self._mixed_loss(weights, batch.validation)
+                gradients = _gradients(loss, _free(weights))
+            else:
+                loss, gradients = self._unrolled(weights, batch)
+        moves = [
+            mixture[name] - mixture[name].detach() for name in mixture if name not in self.fixed
+        ]
+        total = loss.detach()
+        for gradient, move in zip(gradients, moves, strict=True):
+            total = total + (gradient * move).sum()
+        penalty = self.method.penalty(self, mixture)
+        return total if penalty is None else total + penalty
+
+    def _mixed_loss(self, weights: Weights, batch: Any) -> Tensor:
+        with self.relaxation.applied(self.net, weights):
+            return self.loss(self.forward(self.net.module, batch), batch)
+
+    def _unrolled(self, weights: Weights, batch: Halves) -> tuple[Tensor, list[Tensor]]:
+        r"""Gives the loss after one step of the weights, and its gradient by the mixture's.
+
+        Liu et al. 2019, eq. 7 and 8: with $w' = w - \xi \nabla_w L_{train}(w, a)$ it is
+        $\nabla_a L_{val}(w', a) - \xi (\nabla_a L_{train}(w^+, a) - \nabla_a
+        L_{train}(w^-, a)) / 2 \epsilon$, where $w^\pm = w \pm \epsilon \nabla_{w'}
+        L_{val}(w', a)$ and $\epsilon = 0.01 / \lVert \nabla_{w'} L_{val}(w', a) \rVert$.
+        """
+        rate, owners, mixed = self.weights.lr, self._parameters(), _free(weights)
+        trained = self._mixed_loss(weights, batch.train)
+        step = self._sgd_step(owners, _gradients(trained, owners))
+        with _moved(owners, step, -rate):
+            loss = self._mixed_loss(weights, batch.validation)
+            both = _gradients(loss, [*mixed, *owners])
+        direct, direction = both[: len(mixed)], both[len(mixed) :]
+        norm = torch.stack([each.norm() for each in direction]).norm()
+        if not norm:
+            return loss, direct
+        reach = float(_REACH / norm)
+        sides = []
+        for sign in (1.0, -1.0):
+            with _moved(owners, direction, sign * reach):
+                sides.append(_gradients(self._mixed_loss(weights, batch.train), mixed))
+        return loss, [
+            one - rate * (plus - minus) / (2 * reach)
+            for one, plus, minus in zip(direct, *sides, strict=True)
+        ]
+
+    def _sgd_step(self, owners: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """What SGD would subtract, times the learning rate: momentum and decay included."""
+        held = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        steps = []
+        for owner, gradient in zip(owners, gradients, strict=True):
+            group = held.get(id(owner), {})
+            step = gradient + group.get("weight_decay", 0.0) * owner.detach()
+            buffer = self.optimizer.state.get(owner, {}).get("momentum_buffer")
+            steps.append(step if buffer is None else step + group["momentum"] * buffer)
+        return steps
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.net.module.parameters() if p.requires_grad]
+
+
+def _free(weights: Weights) -> list[Tensor]:
+    """The weights that are learned: those of sites that are not decided."""
+    return [each for each in weights.values() if each.requires_grad]
+
+
+def _gradients(loss: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, of, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, of, strict=True)]
+
+
+@contextlib.contextmanager
+def _moved(owners: Sequence[Tensor], directions: Sequence[Tensor], by: float) -> Iterator[None]:
+    """Moves parameters inside the block, and puts back exactly what they were."""
+    before = [owner.detach().clone() for owner in owners]
+    try:
+        with torch.no_grad():
+            for owner, direction in zip(owners, directions, strict=True):
+                owner.add_(direction, alpha=by)
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, value in zip(owners, before, strict=True):
+                owner.copy_(value)
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Leaves a module's buffers, running statistics among them, as they are.
+
+    Args:
+        module: Any network.
+
+    Yields:
+        Nothing; what the block wrote to buffers is undone.
+    """
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+# ------------------------------------------------------------------------------- techniques
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxedSearch(Rule):
+    """Base of searches by gradients: the bilevel training of DARTS.
+
+    Args:
+        lr: Learning rate of the architecture parameters, above 0, by Adam with betas 0.5 and
+            0.999. That of the weights is their optimizer's.
+        weight_decay: Of the architecture parameters, at least 0.
+        order: `first` takes the weights as they are; `second` takes the gradient through one
+            step of the weights, by finite differences, at three more passes per step.
+        frozen: Whether the architecture parameters stay where they start, so that the network
+            is trained as a nearly even mixture.
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 1e-3
+    order: Literal["first", "second"] = "first"
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not self.weight_decay >= 0:
+            raise SettingError(
+                "lr must be above 0 and weight_decay at least 0, got "
+                f"{self.lr} and {self.weight_decay}"
+            )
+        if self.order not in get_args(Literal["first", "second"]):
+            raise SettingError(f"order must be 'first' or 'second', got {self.order!r}")
+
+    @classmethod
+    def toy(cls) -> Any:
+        """Gives a small network with two places at which an option is to be chosen."""
+        with kept(0):
+            layers = nn.Sequential(
+                nn.Linear(5, 7),
+                Choice(nn.Identity(), nn.Linear(7, 7)),
+                nn.ReLU(),
+                Choice(nn.Linear(7, 7), nn.Sequential(nn.ReLU(), nn.Linear(7, 7))),
+                nn.Linear(7, 3),
+            )
+        return elastic(layers.train(), (torch.zeros(2, 5),), axes=[Operator()], verify=False)
+
+    def relaxation(self) -> Relaxation:
+        """Says how the network runs as a mixture."""
+        return OutputMixture()
+
+    def weighing(self) -> Weighing:
+        """Says how architecture parameters become weights."""
+        return Softmax()
+
+    def criterion(self, loss: Loss) -> Criterion:
+        """Says what the weights minimise; by default the user's loss.
+
+        Args:
+            loss: `loss(output, batch) -> scalar`.
+        """
+        return Labels(loss)
+
+    def teachers(self, run: RelaxedRun) -> Mapping[str, nn.Module]:
+        """Gives networks whose outputs the criterion looks at, by role; by default none.
+
+        Args:
+            run: The run that begins; its `weights` are not there yet.
+        """
+        return {}
+
+    def sampler(self, run: RelaxedRun) -> Sampler:
+        """Gives what is told of each step of the weights; its one pass has role `weights`.
+
+        Args:
+            run: The run that begins; its `weights` are not there yet.
+        """
+        return WholeOnly(None, role="weights")
+
+    def penalty(self, run: RelaxedRun, weights: Weights) -> Tensor | None:
+        """Gives what the architecture parameters minimise beside the loss; by default nothing.
+
+        Args:
+            run: The run.
+            weights: The mixture of this step, by site.
+        """
+        return None
+
+    def start(
+        self,
+        net: Elastic,
+        optimizer: Optimizer,
+        *_: Any,
+        loss: Loss,
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        options: StepOptions | None = None,
+    ) -> RelaxedRun:
+        """Begins to train a network and its architecture parameters.
+
+        Args:
+            net: An elastic network.
+            optimizer: Over the parameters of `net.module`.
+            loss: `loss(output, batch) -> scalar`.
+            forward: `forward(model, batch) -> output`; by default by the batch's type.
+            generator: Source of all randomness; None for one with seed 0.
+            options: Of the training of the weights: clipping, precision, schedule, ...
+
+        Returns:
+            A run with `step(batch) -> losses by role`, `derive() -> Config`, `state_dict` and
+            `load_state_dict`. A batch is a pair of two, or is split in the middle.
+
+        Raises:
+            SettingError: `net` is a plain module, or has no site that can be mixed.
+        """
+        if isinstance(net, nn.Module):
+            raise SettingError(
+                f"{type(self).__name__} searches an elastic network, got a plain "
+                f"{type(net).__name__}; make one with supple.elastic(model, example_inputs)"
+            )
+        if not self.relaxation().sites(net):
+            axes = sorted({site.axis for site in net.space.sites})
+            raise SettingError(
+                f"{type(self).__name__} finds nothing to mix: the network's sites are of axes "
+                f"{', '.join(axes)}; it needs supple.layers.Choice and axes=[supple.Operator()]"
+            )
+        return RelaxedRun(
+            self,
+            net,
+            optimizer,
+            loss=loss,
+            forward=forward or run_model,
+            generator=torch.Generator().manual_seed(0) if generator is None else generator,
+            options=options or StepOptions(),
+        )
+
+    def derive(
+        self, run: RelaxedRun, train: Iterable[Any], validation: Iterable[Any]
+    ) -> Config:
+        """Decides all sites when training is over; by default by the largest parameters.
+
+        Args:
+            run: A run that was trained.
+            train: Batches of the training half, to be read again.
+            validation: Batches of the validation half, to be read again.
+
+        Returns:
+            A config of the network's space.
+        """
+        return run.derive()
+
+    def search(
+        self,
+        net: Elastic,
+        train: Any,
+        validation: Any,
+        loss: Loss,
+        *,
+        optimizer: Optimizer,
+        epochs: int = 50,
+        forward: Forward | None = None,
+        seed: int = 0,
+        options: StepOptions | None = None,
+    ) -> Config:
+        """Trains and decides: the whole search in one call.
+
+        Args:
+            net: An elastic network; its weights change.
+            train: Batches that the weights learn from, to be read once per epoch.
+            validation: Batches that the architecture parameters learn from, of a set of its
+                own; read again where it has fewer.
+            loss: `loss(output, batch) -> scalar`.
+            optimizer: Over the parameters of `net.module`.
+            epochs: Passes through the training half, at least 1.
+            forward: `forward(model, batch) -> output`; by default by the batch's type.
+            seed: Of everything random but what the network draws.
+            options: Of the training of the weights.
+
+        Returns:
+            A config, which `net.extract` takes.
+
+        Raises:
+            SettingError: A value can't be used, or there is nothing to mix.
+        """
+        if epochs < 1:
+            raise SettingError(f"epochs must be at least 1, got {epochs}")
+        source = torch.Generator().manual_seed(seed)
+        run = self.start(
+            net, optimizer, loss=loss, forward=forward, generator=source, options=options
+        )
+        others = _endless(validation, seed)
+        for epoch in range(epochs):
+            for batch in batches_of(train, seed=seed, epoch=epoch):
+                run.step(Halves(batch, next(others)))
+        return self.derive(run, train, validation)
+
+
+def _endless(data: Any, seed: int) -> Iterator[Any]:
+    epoch = 0
+    while True:
+        empty = True
+        for batch in batches_of(data, seed=seed, epoch=epoch):
+            empty = False
+            yield batch
+        if empty:
+            raise SettingError("the validation half has no batches")
+        epoch += 1
