@@ -21,6 +21,7 @@ def test_every_file_is_a_key():
         "digits-cnn",
         "mobilenet-v3",
         "multi-stage-vit",
+        "nasnet",
         "pooling-cnn",
         "tdnn",
         "var",
