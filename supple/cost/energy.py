@@ -89,8 +89,7 @@ def _packages() -> list[Path]:
     return [
         folder
         for folder in found
-        if (folder / "name").is_file()
-        and (folder / "name").read_text().startswith("package")
+        if (folder / "name").is_file() and (folder / "name").read_text().startswith("package")
     ]
 
 

@@ -45,7 +45,15 @@ from supple.space import Config, Space
 if TYPE_CHECKING:
     from supple.network import Elastic
 
-__all__ = ["Comparison", "LatencyModel", "fit", "fit_measured", "measure_sizes"]
+__all__ = [
+    "LEAST_SAMPLES",
+    "Comparison",
+    "LatencyModel",
+    "at_batch",
+    "fit",
+    "fit_measured",
+    "measure_sizes",
+]
 
 FloatArray = NDArray[np.float64]
 Columns = tuple[int, ...]
@@ -57,7 +65,8 @@ _LARGEST_TABLE = 4096
 _CHUNK = 16384
 _HELD_BYTES = 1e9
 _FOLDS = 10
-_LEAST = 12
+LEAST_SAMPLES = 12
+"""Sizes that a latency model has to be fitted to."""
 _RIDGES = tuple((a, b) for a in (1e-8, 1e-6, 1e-4) for b in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
 
 
@@ -373,8 +382,8 @@ def fit_measured(
     Raises:
         SettingError: A setting can't be used, or the profile doesn't fit.
     """
-    _check(net, profile, _LEAST, threads)
-    features = _Features(_at_batch(net, batch), profile)
+    _check(net, profile, LEAST_SAMPLES, threads)
+    features = _Features(at_batch(net, batch), profile)
     matrix, physical = features(rows)
     errors = np.abs(_cross_validated(matrix, seconds, physical, seed) / seconds - 1)
     extremes = (int(np.argmin(seconds)), int(np.argmax(seconds)))
@@ -394,7 +403,7 @@ def fit_measured(
 
 
 def _check(net: Elastic, profile: DeviceProfile | None, samples: int, threads: int) -> None:
-    for name, value, least in (("samples", samples, _LEAST), ("threads", threads, 1)):
+    for name, value, least in (("samples", samples, LEAST_SAMPLES), ("threads", threads, 1)):
         if not isinstance(value, int) or value < least:
             raise SettingError(
                 f"{name} must be a whole number of at least {least}, got {value!r}"
@@ -499,8 +508,16 @@ def measure_sizes(
 # --- what the model sees of a size ------------------------------------------------------------
 
 
-def _at_batch(net: Elastic, batch: int | None) -> Elastic:
-    """The network as analysed at another batch size."""
+def at_batch(net: Elastic, batch: int | None) -> Elastic:
+    """Gives the network as analysed at another batch size.
+
+    Args:
+        net: An elastic network.
+        batch: Batch size; that of the example inputs by default.
+
+    Raises:
+        SettingError: Its sites differ at that batch size.
+    """
     if batch is None:
         return net
     from supple.graph.couple import analyse

@@ -32,6 +32,7 @@ __all__ = [
     "interleaved",
     "measure",
     "measure_named",
+    "parse_cost",
     "quiet_threads",
     "with_batch",
     "without_drift",
@@ -128,7 +129,7 @@ def measure(
     over all tensors by their lifetimes (see `supple.cost.count`): scratch memory inside an
     operator and the allocator's slack aren't in it. On a GPU it is the allocator's own peak.
 
-    *Energy* is what the processor's own counters say (see `supple.cost.energy`), the mean over a
+    *Energy* is what the processor's counters say (see `supple.cost.energy`), the mean over a
     second of forwards, with the idle power and whatever else runs. Where a machine has no such
     counters it is refused.
 
@@ -200,7 +201,7 @@ def measure_named(
         >>> measure_named(nn.Linear(8, 8), "memory[batch=1]", (torch.zeros(4, 8),))
         352.0
     """
-    figure, settings = _parse(name)
+    figure, settings = parse_cost(name)
     return measure(module, args, kwargs, (figure,), **settings).values[figure]
 
 
@@ -262,7 +263,22 @@ def with_batch(
     return changed
 
 
-def _parse(name: str) -> tuple[str, dict[str, int]]:
+def parse_cost(name: str) -> tuple[str, dict[str, int]]:
+    """Reads the name of a measured cost.
+
+    Args:
+        name: Such as `"latency[batch=1,threads=2]"`.
+
+    Returns:
+        What is measured, and its settings.
+
+    Raises:
+        SettingError: It can't be read, or a setting is unknown.
+
+    Example:
+        >>> parse_cost("latency[batch=1]")
+        ('latency', {'batch': 1})
+    """
     match = re.fullmatch(r"\s*(\w+)\s*(?:\[(.*)\])?\s*", name)
     if match is None:
         raise SettingError(f"'{name}' is no name of a measured cost; try 'latency[batch=1]'")
@@ -447,9 +463,7 @@ def _memory(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         return weights + inputs + torch.cuda.max_memory_allocated(device) - before
 
 
-def _energy(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> float:
+def _energy(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> float:
     with inference(module, fused=True):
         return energy_of(lambda: run_forward(module, args, kwargs), _device(module))
 

@@ -10,6 +10,7 @@ from torch import nn
 import supple
 from supple.files import checksum, write_text
 from supple.recipe.bench import Bench
+from supple.recipe.cost_models import cost_models
 from supple.recipe.latency import costs_of, latency_inputs
 from supple.recipe.stage import Outcome, Record, RunFolder
 from supple.study.front import Front
@@ -54,7 +55,8 @@ def search_front(
         progress: Whether to show a bar.
 
     Returns:
-        The front, and the stage's record: `evaluations`, `front` (their numbers), `study`.
+        The front, and the stage's record: `evaluations`, `front` (their numbers), `study`, and
+        `models`, by cost how far off it is when it is computed instead of measured.
     """
     search, inputs = bench.recipe.search, search_inputs(bench, train)
     # A database serves many runs: what was trained or sought otherwise is another study there.
@@ -81,7 +83,11 @@ def search_front(
         write_text(folder / FRONT, front.to_json())
         numbers = {"evaluations": len(front.evaluated), "front": len(front.points)}
         place = LOCAL if study is None else front.study
-        return Outcome({**numbers, "study": place}, (folder / FRONT,))
+        # Other machines may have measured what a database holds: one model can't fit all.
+        models = cost_models(bench, front, folder) if study is None else {}
+        files = [folder / str(model["file"]) for model in models.values() if "file" in model]
+        result = {**numbers, "study": place, "models": models}
+        return Outcome(result, (folder / FRONT, *files))
 
     record = run.perform("search", inputs, work, extent=search_extent(bench))
     return front_of(record), record

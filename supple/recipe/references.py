@@ -149,7 +149,9 @@ def _check_costs(recipe: Recipe, source: Source) -> None:
             f"{predicted[0]!r} needs search.latency, the file of a latency model; "
             "`supple profile` with this recipe writes one",
         )
-    allowed = (*recipe.search.costs, *CLOSED_COSTS, recipe.search.metric or "accuracy")
+    # Where one closed form is searched, the study holds them all.
+    closed = CLOSED_COSTS if {*CLOSED_COSTS} & {*recipe.search.costs} else ()
+    allowed = (*recipe.search.costs, *closed, recipe.search.metric or "accuracy")
     for index, budget in enumerate(recipe.deploy.budgets):
         for cost, limit in budget.where.items():
             where: Where = ("deploy", "budgets", index, cost)

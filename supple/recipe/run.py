@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import TimeElapsedColumn
 
 from supple.errors import RecipeError
 from supple.files import write_text
 from supple.recipe.bench import Bench, build, gather, sources
 from supple.recipe.compare import compare_sizes, learning_rates
+from supple.recipe.cost_models import model_lines
 from supple.recipe.deployment import FULL, choose, config_of, deploy_size
 from supple.recipe.dump import recipe_text
 from supple.recipe.front import front_of, search_extent, search_front, search_inputs
@@ -217,7 +219,7 @@ def _searched(way: _Way, bench: Bench, trained: Record) -> Front:
         front, searched = search_front(
             bench, way.run, trained, study=way.study, progress=way.progress
         )
-        told.result = str(front)
+        told.result = "; ".join([str(front), *model_lines(searched.result.get("models", {}))])
         told.records = [searched]
     return front
 
@@ -292,11 +294,11 @@ class _Told:
 @contextlib.contextmanager
 def _stage(console: Console, name: str, what: str = "") -> Iterator[_Told]:
     """Announces a stage, and closes with what came of it and how long it took."""
-    console.print(f"[bold]{name:8}[/bold] {what}", highlight=False)
+    console.print(f"[bold]{name:8}[/bold] {escape(what)}", highlight=False)
     told, start = _Told(), time.perf_counter()
     yield told
     took = told.took or seconds_text(time.perf_counter() - start)
-    result = f"{told.result}, " if told.result else ""
+    result = escape(f"{told.result}, ") if told.result else ""
     console.print(f"         [green]✓[/green] [dim]{result}{took}[/dim]", highlight=False)
 
 

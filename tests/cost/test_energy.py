@@ -60,7 +60,7 @@ def test_energy_is_a_cost_of_a_network(root: Path) -> None:
 
 
 def test_without_counters_nothing_is_guessed(root: Path) -> None:
-    with pytest.raises(SettingError, match="not measurable here.*no energy counters"):
+    with pytest.raises(SettingError, match=r"not measurable here.*no energy counters"):
         energy.energy_of(lambda: None)
     net = supple.elastic(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (torch.zeros(1, 4),))
     with pytest.raises(SettingError, match="not measurable here"):

@@ -209,7 +209,7 @@ def test_sizes_are_measured_at_the_batch_and_threads_asked_for(net, monkeypatch)
 
 def test_another_batch_size_is_another_number_of_pixels(net) -> None:
     rows = rows_of(net, 5)
-    small, large = (module._Features(module._at_batch(net, batch), None) for batch in (1, 6))
+    small, large = (module._Features(module.at_batch(net, batch), None) for batch in (1, 6))
     place = list(small._sums).index("macs conv")
     np.testing.assert_allclose(6 * small(rows)[0][:, place], large(rows)[0][:, place])
 

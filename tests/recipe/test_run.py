@@ -205,6 +205,8 @@ def test_every_shipped_recipe_runs_dry(tmp_path, name):
             "model.cifar-resnet={depth: 20}",
             "search.costs=[macs, params]",
         ],
+        "digits-latency": [],
+        "digits-memory": [],
         "llama-text": [f"data.text.path={tmp_path / 'a.txt'}", "data.text.length=16"],
     }[name]
     write_images(tmp_path)
