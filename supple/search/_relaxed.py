@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -35,21 +36,24 @@ from supple.recompute import recomputing
 from supple.search._alphas import Alphas, Softmax, Weighing
 from supple.space import Config, Site
 from supple.technique import Rule
-from supple.training.batches import Forward, Loss, batches_of, run_model, split
+from supple.training.batches import Forward, Loss, batch_size, batches_of, run_model, split
 from supple.training.ema import Average
-from supple.training.losses import Criterion, Labels
-from supple.training.schedule import Schedule
-from supple.training.seeds import kept
+from supple.training.losses import Criterion, Labels, learnable, logits_of
+from supple.training.norms import without_dropout
+from supple.training.seeds import derive, kept
+from supple.training.session import modes_kept
 from supple.training.step import Sampler, SizesRun, StepOptions, WholeOnly
 
 __all__ = [
     "Halves",
+    "Measured",
     "OutputMixture",
     "Relaxation",
     "RelaxedRun",
     "RelaxedSearch",
     "buffers_kept",
     "halves",
+    "paired",
 ]
 
 Weights = Mapping[str, Tensor]
@@ -86,6 +90,14 @@ class Relaxation(ABC):
             weights: By site; sites that it does not name are full. Weights may require
                 gradients; choices whose weight is exactly 0 and does not may be left out.
         """
+
+    def drawing_from(self, generator: torch.Generator) -> Relaxation:
+        """Gives the relaxation of one run; by default itself, since nothing in it is random.
+
+        Args:
+            generator: Source of all randomness of the run.
+        """
+        return self
 
     @contextlib.contextmanager
     def applied(self, net: Elastic, weights: Weights) -> Iterator[None]:
@@ -227,6 +239,18 @@ def halves(batch: Any) -> Halves:
     return Halves(*parts)
 
 
+class Measured(NamedTuple):
+    """How well a mixture does.
+
+    Args:
+        loss: The mean of the user's loss over the examples.
+        accuracy: Share of labels that it gets right; None where labels are no classes.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
 class RelaxedRun:
     """Differentiable search in progress: what `RelaxedSearch.start` returns.
 
@@ -241,12 +265,14 @@ class RelaxedRun:
         forward: `forward(model, batch) -> output`.
         generator: Source of all randomness.
         options: Of the training of the weights.
-        alphas: Those of an earlier run; None for new ones.
+        alphas: Those of an earlier run, which are only tuned here, with the weights: these
+            then minimise the user's loss alone. None for new ones.
 
     Attributes:
         net: The network.
         sites: What is searched.
         alphas: The architecture parameters.
+        sampler: What is told of each step of the weights.
         weights: The training of the weights.
         architecture: The training of the architecture parameters.
         fixed: Sites that are decided: name to the index of the choice.
@@ -271,19 +297,21 @@ class RelaxedRun:
         self.forward = forward
         self.generator = generator
         self.options = options
-        self.relaxation = method.relaxation()
+        self.relaxation = method.relaxation().drawing_from(generator)
         self.sites = tuple(self.relaxation.sites(net))
         self.fixed: dict[str, int] = {}
         self._weighing = method.weighing()
         self.alphas = Alphas(self.sites, generator, net.device) if alphas is None else alphas
+        learning = method if alphas is None else RelaxedSearch()  # tuning is plain training
+        self.sampler = learning.sampler(self)
         self.weights = SizesRun(
             net,
             optimizer,
-            method.sampler(self),
-            method.criterion(loss),
+            self.sampler,
+            learning.criterion(self),
             forward=self._forward,
             generator=generator,
-            teachers=method.teachers(self),
+            teachers=learning.teachers(self),
             options=options,
         )
         adam = Adam(
@@ -339,7 +367,7 @@ class RelaxedRun:
         """
         both = halves(batch)
         losses: dict[str, float] = {}
-        if not self.method.frozen and len(self.fixed) < len(self.sites):
+        if not self.method.rests(self) and len(self.fixed) < len(self.sites):
             losses |= self.architecture.step(both)
         return losses | self.weights.step(both.train)
 
@@ -403,18 +431,15 @@ class RelaxedRun:
             {site.name: site.choices[best[site.name]] for site in self.sites}
         )
 
-    def renewed(
-        self, *, rate: float, steps: int, schedule: Schedule | None = None
-    ) -> RelaxedRun:
-        """Begins another run with what this one has learned.
+    def renewed(self, *, rate: float) -> RelaxedRun:
+        """Begins another run with what this one has learned, at a constant learning rate.
 
         The network, the architecture parameters with their optimizer, and what is decided stay;
-        the optimizer of the weights forgets its moments.
+        the optimizer of the weights forgets its moments. The weights minimise the user's loss
+        alone, whatever else the technique has them learn from.
 
         Args:
             rate: Learning rate of the weights, relative to the one this run began with.
-            steps: How many there will be.
-            schedule: Of the learning rate; None for a constant one.
 
         Returns:
             The other run; this one must not go on.
@@ -430,17 +455,42 @@ class RelaxedRun:
             loss=self.loss,
             forward=self.forward,
             generator=self.generator,
-            options=StepOptions(
-                clip=self.options.clip,
-                precision=self.options.precision,
-                schedule=schedule,
-                steps=steps,
-            ),
+            options=StepOptions(clip=self.options.clip, precision=self.options.precision),
             alphas=self.alphas,
         )
         again.architecture = self.architecture
         again.fixed = self.fixed
         return again
+
+    @torch.no_grad()
+    def measure(self, data: Iterable[Any], weights: Weights | None = None) -> Measured:
+        """Measures the network as a mixture, on batches.
+
+        Dropout is off. Normalization uses the statistics of each batch where the network is in
+        training mode, as it must where weights are others than it was trained with; running
+        statistics stay as they are.
+
+        Args:
+            data: Batches, at least one.
+            weights: By site; None for the expected ones.
+
+        Raises:
+            SettingError: There is no batch.
+        """
+        right = counted = examples = 0
+        total = 0.0
+        module = self.net.module
+        with without_dropout(module), buffers_kept(module), self.relaxed(weights):
+            for batch in data:
+                output = self.forward(module, batch)
+                size = batch_size(batch)
+                examples += size
+                total += size * float(self.loss(output, batch))
+                hits = _hits(output, batch)
+                right, counted = right + int(hits.sum()), counted + hits.numel()
+        if not examples:
+            raise SettingError("there is no batch to measure on")
+        return Measured(total / examples, right / counted if counted else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Gives everything needed to go on later but the weights and their optimizer."""
@@ -565,6 +615,19 @@ def _free(weights: Weights) -> list[Tensor]:
     return [each for each in weights.values() if each.requires_grad]
 
 
+def _hits(output: Any, batch: Any) -> Tensor:
+    """Whether each label was the most likely class; none where labels are no classes."""
+    try:
+        logits = logits_of(output)
+    except SettingError:
+        return torch.zeros(0)
+    where = learnable(batch, logits)
+    if where is None:
+        return torch.zeros(0)
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    return (logits.argmax(-1) == labels)[where]
+
+
 def _gradients(loss: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
     found = torch.autograd.grad(loss, of, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, of, strict=True)]
@@ -656,19 +719,19 @@ class RelaxedSearch(Rule):
         """Says how architecture parameters become weights."""
         return Softmax()
 
-    def criterion(self, loss: Loss) -> Criterion:
+    def criterion(self, run: RelaxedRun) -> Criterion:
         """Says what the weights minimise; by default the user's loss.
 
         Args:
-            loss: `loss(output, batch) -> scalar`.
+            run: The run that begins; its `weights` are not there yet.
         """
-        return Labels(loss)
+        return Labels(run.loss)
 
     def teachers(self, run: RelaxedRun) -> Mapping[str, nn.Module]:
         """Gives networks whose outputs the criterion looks at, by role; by default none.
 
         Args:
-            run: The run that begins; its `weights` are not there yet.
+            run: The run that begins; its `sampler` is there, its `weights` are not yet.
         """
         return {}
 
@@ -679,6 +742,14 @@ class RelaxedSearch(Rule):
             run: The run that begins; its `weights` are not there yet.
         """
         return WholeOnly(None, role="weights")
+
+    def rests(self, run: RelaxedRun) -> bool:
+        """Says whether the next step leaves the architecture parameters alone.
+
+        Args:
+            run: The run.
+        """
+        return self.frozen
 
     def penalty(self, run: RelaxedRun, weights: Weights) -> Tensor | None:
         """Gives what the architecture parameters minimise beside the loss; by default nothing.
@@ -777,7 +848,7 @@ class RelaxedSearch(Rule):
             epochs: Passes through the training half, at least 1.
             forward: `forward(model, batch) -> output`; by default by the batch's type.
             seed: Of everything random but what the network draws.
-            options: Of the training of the weights.
+            options: Of the training of the weights; None for none but the number of steps.
 
         Returns:
             A config, which `net.extract` takes.
@@ -787,24 +858,42 @@ class RelaxedSearch(Rule):
         """
         if epochs < 1:
             raise SettingError(f"epochs must be at least 1, got {epochs}")
+        if options is None:
+            options = StepOptions(
+                steps=epochs * len(train) if isinstance(train, Sized) else None
+            )
         source = torch.Generator().manual_seed(seed)
-        run = self.start(
-            net, optimizer, loss=loss, forward=forward, generator=source, options=options
-        )
-        others = _endless(validation, seed)
-        for epoch in range(epochs):
-            for batch in batches_of(train, seed=seed, epoch=epoch):
-                run.step(Halves(batch, next(others)))
-        return self.derive(run, train, validation)
+        with modes_kept(net.module):
+            net.train()
+            run = self.start(
+                net, optimizer, loss=loss, forward=forward, generator=source, options=options
+            )
+            for epoch in range(epochs):
+                for batch in paired(train, validation, epoch=epoch, seed=seed):
+                    run.step(batch)
+            return self.derive(run, train, validation)
 
 
-def _endless(data: Any, seed: int) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        empty = True
-        for batch in batches_of(data, seed=seed, epoch=epoch):
-            empty = False
-            yield batch
-        if empty:
+def paired(train: Any, validation: Any, *, epoch: int, seed: int = 0) -> Iterator[Halves]:
+    """Gives the steps of an epoch: each batch of the one half with one of the other.
+
+    Args:
+        train: Batches to be read once.
+        validation: Batches of a set of its own; read again where it has fewer.
+        epoch: Counted from 0; with `seed` it decides the order.
+        seed: Of the order.
+
+    Raises:
+        SettingError: The validation half has no batches.
+    """
+    others: Iterator[Any] = iter(())
+    again = itertools.count()
+    for batch in batches_of(train, seed=seed, epoch=epoch):
+        other = next(others, None)
+        if other is None:
+            order = derive(seed, "validation", epoch, next(again))
+            others = batches_of(validation, seed=order, epoch=epoch)
+            other = next(others, None)
+        if other is None:
             raise SettingError("the validation half has no batches")
-        epoch += 1
+        yield Halves(batch, other)

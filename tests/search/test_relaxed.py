@@ -414,7 +414,7 @@ def test_a_renewed_run_goes_on_with_a_lower_rate_and_no_momentum(net):
     for _ in range(2):
         run.step((TRAIN, VALIDATION))
     run.fix("3", 0)
-    again = run.renewed(rate=0.5, steps=4)
+    again = run.renewed(rate=0.5)
     assert not optimizer.state
     assert again.alphas is run.alphas
     again.step((TRAIN, VALIDATION))
