@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from scipy.stats import kendalltau
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, DotProduct
@@ -15,12 +18,17 @@ from supple.errors import SettingError
 from supple.predictors import (
     MLP,
     PREDICTORS,
+    Fitted,
     GaussianProcess,
     GradientBoosting,
     Predictor,
+    PretrainedMLP,
     Ridge,
     RidgeSVR,
     SupportVectors,
+    _Networks,
+    _parts,
+    _Pretrained,
     out_of_fold,
     predictor,
     rank_correlation,
@@ -44,6 +52,7 @@ FAST = [
     RidgeSVR(),
     GradientBoosting(trees=20),
     MLP(members=2),
+    PretrainedMLP(members=2),
     GaussianProcess(),
 ]
 names = [type(one).__name__ for one in FAST]
@@ -265,3 +274,95 @@ def test_predictors_have_names() -> None:
     assert all(predictor(name) is one for name, one in PREDICTORS.items())
     with pytest.raises(SettingError, match="did you mean 'ridge-svr'"):
         predictor("ridge-svm")
+
+
+# ------------------------------------------------------------------ what a net knew before
+
+NETWORK = [Site(f"s{i}", "width", (1, 2, 3, 4), 4) for i in range(5)]
+RECIPES = Space([*NETWORK, Site("lr", "recipe", (1, 10, 100), 10)])
+WORTH = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+
+
+def macs(rows: np.ndarray) -> np.ndarray:
+    """What a network costs; its recipe costs nothing."""
+    found: np.ndarray = (1 + rows[:, :5]) @ WORTH
+    return found
+
+
+def score(rows: np.ndarray) -> np.ndarray:
+    """Falls off with the size, and with the distance of the recipe from the middle."""
+    found: np.ndarray = np.sqrt(macs(rows)) - 2 * np.abs(rows[:, 5] - 1)
+    return found
+
+
+def tau_of(fitted: Fitted, rows: np.ndarray) -> float:
+    return float(kendalltau(fitted.predict(rows), score(rows)).statistic)
+
+
+def test_an_encoder_that_learned_costs_needs_fewer_values() -> None:
+    method = PretrainedMLP(members=1, steps=100)
+    free, known, others = (RECIPES.random_many(n, n) for n in (150, 12, 200))
+    pretrained = method.pretrain(RECIPES, free, macs(free)[:, None])
+    with_it = tau_of(pretrained.fit(RECIPES, known, score(known)), others)
+    without = tau_of(method.fit(RECIPES, known, score(known)), others)
+    assert with_it > without + 0.1
+
+
+def test_a_recipe_goes_round_the_encoder() -> None:
+    method = PretrainedMLP(members=1, frozen=3, joint=0)
+    rows = RECIPES.random_many(20, 0)
+    fitted = method.fit(RECIPES, rows, score(rows))
+    assert isinstance(fitted, _Networks)
+    first, head = fitted._weights[0], fitted._weights[4]
+    assert first.shape == (1, 20, method.hidden)  # five sites of four choices
+    assert head.shape == (1, method.embedding + 3, method.hidden)
+    network, recipe = _parts(RECIPES, RECIPES.one_hot(rows))
+    assert recipe.argmax(1).tolist() == rows[:, 5].tolist()
+    assert network.shape == (20, 20)
+
+
+def test_the_encoder_is_frozen_first_and_stays_near_where_it_was() -> None:
+    free, rows = RECIPES.random_many(100, 1), RECIPES.random_many(20, 0)
+
+    method = PretrainedMLP(members=1, steps=20, frozen=5, joint=0)
+    pretrained = method.pretrain(RECIPES, free, macs(free)[:, None])
+    assert isinstance(pretrained, _Pretrained)
+
+    def way(**settings: float) -> float:
+        learns = _Pretrained(replace(method, **settings), RECIPES, pretrained._encoder)
+        fitted = learns.fit(RECIPES, rows, score(rows))
+        assert isinstance(fitted, _Networks)
+        pairs = zip(fitted._weights[:4], pretrained._encoder, strict=True)
+        return sum(float((now - then).square().sum()) for now, then in pairs)
+
+    assert way() == 0
+    assert way(joint=20) > 0.1
+    assert way(joint=20, penalty=30.0) < 1e-6  # drawn to where it was, not to zero
+
+
+def test_huber_s_loss_does_not_follow_an_outlier() -> None:
+    method = PretrainedMLP(members=1)
+    found, targets = (
+        torch.zeros(1, 4, 1).double(),
+        torch.tensor([[0.5], [1], [2], [5]]).double(),
+    )
+    # Half the square up to 1, then the distance less a half.
+    expected = (0.125 + 0.5 + 1.5 + 4.5) / 4
+    weights = [torch.full((1, 2, 2), 3.0).double()]
+    loss = method._loss(found, targets, weights).item()
+    assert loss == pytest.approx(expected + method.penalty * 36 / 8)
+
+
+def test_what_an_encoder_cannot_learn_from_is_refused() -> None:
+    rows = RECIPES.random_many(5, 0)
+    method = PretrainedMLP()
+    with pytest.raises(SettingError, match=r"5 configs and statistics of shape \(5,\)"):
+        method.pretrain(RECIPES, rows, macs(rows))
+    with pytest.raises(SettingError, match="must be finite, and one at least must differ"):
+        method.pretrain(RECIPES, rows, np.ones((5, 2)))
+    pretrained = PretrainedMLP(steps=1).pretrain(RECIPES, rows, macs(rows)[:, None])
+    with pytest.raises(SettingError, match="was pretrained for"):
+        pretrained.fit(SPACE, drawn(5), np.ones(len(drawn(5))))
+    for wrong in ({"hidden": 0}, {"members": 0}, {"joint": -1}, {"penalty": -1.0}):
+        with pytest.raises(SettingError, match=next(iter(wrong))):
+            PretrainedMLP(**wrong)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from supple.search.base import Exact, Problem, Told
 from supple.search.nsga2 import NSGA2
 from supple.space import Space
 
-__all__ = ["LEAST", "evolved", "prices"]
+__all__ = ["LEAST", "Price", "evolved", "prices"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

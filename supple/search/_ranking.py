@@ -9,7 +9,7 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from supple.search.base import Told
 
-__all__ = ["front", "ranked"]
+__all__ = ["best", "front", "ranked"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -48,6 +48,16 @@ def front(told: Told) -> IntArray:
         kept.append(left[same])
         left = left[(told.values[left] < best).any(axis=1)]
     return np.sort(np.concatenate(kept)) if kept else left
+
+
+def best(told: Told, count: int) -> IntArray:
+    """Returns the indices of whole fronts, the best first, until there are so many or more."""
+    left, taken = np.arange(len(told)), np.zeros(0, dtype=np.int64)
+    while len(taken) < count and len(left):
+        first = front(told.take(left))
+        taken = np.concatenate([taken, left[first]])
+        left = np.delete(left, first)
+    return taken
 
 
 def _crowding(values: FloatArray) -> FloatArray:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from supple.errors import SettingError
 from supple.predictors import predictor
 from supple.search._predicted import LEAST, prices
-from supple.search._ranking import front
+from supple.search._ranking import best
 from supple.search.base import Problem, SearchAlgorithm, Told
 from supple.technique import register
 
@@ -97,15 +97,5 @@ class WeakNAS(SearchAlgorithm):
         rows = np.ascontiguousarray(rows)
         rows = rows[[row.tobytes() not in known for row in rows]]
         priced = prices(problem, parents, predictor(self.predictor))(rows)
-        best = random.permutation(priced.rows[_best(priced, self.sample)])
-        return np.concatenate([best, space.random_many(_SPARE, random)])
-
-
-def _best(priced: Told, count: int) -> IntArray:
-    """Takes one front after the other until there are so many."""
-    left, taken = np.arange(len(priced)), np.zeros(0, dtype=np.int64)
-    while len(taken) < count and len(left):
-        best = front(priced.take(left))
-        taken = np.concatenate([taken, left[best]])
-        left = np.delete(left, best)
-    return taken[:count]
+        drawn = random.permutation(priced.rows[best(priced, self.sample)[: self.sample]])
+        return np.concatenate([drawn, space.random_many(_SPARE, random)])
