@@ -2,16 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+from supple.errors import SettingError
 from supple.search._ranking import ranked
-from supple.search.base import Problem, Told
+from supple.search.base import Problem, SearchAlgorithm, Told
 from supple.space import Space
 
-__all__ = ["allowed", "fittest", "offspring"]
+__all__ = ["Genetic", "allowed", "fittest", "offspring"]
 
 IntArray = NDArray[np.int64]
+
+_CANDIDATES = 500
+"""Random configs from which the first generation takes such that meet the constraints."""
+_TRIES = 10
+"""Children made for each that is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Genetic(SearchAlgorithm):
+    """Base: the best so far are parents; half of their children are mutated, half crossed.
+
+    What is known to break a constraint without an evaluation is not proposed.
+
+    Args:
+        population: Configs per generation, at least 2. The first ones are random.
+        parents: The best of all so far, from which the next generation descends, at least 1.
+        mutation_probability: Of each site to be drawn anew in half of the children, in [0, 1].
+    """
+
+    population: int = 50
+    parents: int = 10
+    mutation_probability: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("population", 2), ("parents", 1)):
+            if getattr(self, name) < least:
+                raise SettingError(
+                    f"{name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if not 0.0 <= self.mutation_probability <= 1.0:
+            raise SettingError(
+                f"mutation_probability must be in [0, 1], got {self.mutation_probability}"
+            )
+
+    @property
+    def generation(self) -> int:
+        return self.population
+
+    def select(self, pool: Told) -> Told:
+        return fittest(pool, self.parents)
+
+    def propose(self, space: Space, parents: Told, random: np.random.Generator) -> IntArray:
+        drawn = space.random_many(_CANDIDATES, random)
+        if not len(parents):
+            return drawn
+        count, chance = _TRIES * self.population, self.mutation_probability
+        children = offspring(space, parents.rows, count, chance, random)
+        # Random ones fill up where most children are known or beyond a bound.
+        return np.concatenate([random.permutation(children), drawn])
+
+    def propose_for(
+        self, problem: Problem, parents: Told, random: np.random.Generator
+    ) -> IntArray:
+        return allowed(problem, self.propose(problem.space, parents, random))
 
 
 def fittest(pool: Told, count: int) -> Told:

@@ -23,7 +23,13 @@ LEAST = 4
 """Configs whose evaluation did not fail, below which nothing can be learned."""
 
 
-def prices(problem: Problem, told: Told, predictor: Predictor, optimism: float = 0.0) -> Price:
+def prices(
+    problem: Problem,
+    told: Told,
+    predictor: Predictor,
+    optimism: float = 0.0,
+    limits: Predictor | None = None,
+) -> Price:
     """Fits a predictor to each value that only an evaluation tells.
 
     Args:
@@ -32,6 +38,7 @@ def prices(problem: Problem, told: Told, predictor: Predictor, optimism: float =
         predictor: How to predict.
         optimism: How many standard deviations objectives are taken to be better than they
             are predicted, where the predictor gives any.
+        limits: How to predict violations; None as the objectives.
 
     Returns:
         What gives the values and violations of encoded configs, exact where they can be.
@@ -42,7 +49,7 @@ def prices(problem: Problem, told: Told, predictor: Predictor, optimism: float =
         or _bound(predictor.fit(problem.space, good.rows, good.values[:, place]), optimism)
         for place, name in enumerate(problem.objectives)
     ]
-    violation = problem.violation or _violation(problem.space, good, predictor)
+    violation = problem.violation or _violation(problem.space, good, limits or predictor)
 
     def price(rows: IntArray) -> Told:
         values = [np.asarray(function(rows), dtype=np.float64) for function in objectives]
