@@ -9,7 +9,7 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from supple.search.base import Told
 
-__all__ = ["best", "front", "ranked"]
+__all__ = ["best", "front", "ranked", "winner"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -58,6 +58,13 @@ def best(told: Told, count: int) -> IntArray:
         taken = np.concatenate([taken, left[first]])
         left = np.delete(left, first)
     return taken
+
+
+def winner(told: Told, sample: int, random: np.random.Generator) -> int:
+    """Returns the index of the best of a drawn sample; ties are drawn."""
+    drawn = random.choice(len(told), sample, replace=False)
+    rank, crowding = ranked(told.take(drawn))
+    return int(drawn[np.lexsort((-crowding, rank))[0]])
 
 
 def _crowding(values: FloatArray) -> FloatArray:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supple.errors import SettingError
-from supple.search._ranking import ranked
+from supple.search._ranking import winner
 from supple.search.base import SearchAlgorithm, Told
 from supple.space import Space
 from supple.technique import register
@@ -81,14 +81,8 @@ class RegularizedEvolution(SearchAlgorithm):
     def propose(self, space: Space, parents: Told, random: np.random.Generator) -> IntArray:
         if len(parents) < self.population or not space.sites:
             return space.random_many(_CHILDREN, random)
-        best = [self._best(parents, random) for _ in range(_CHILDREN)]
+        best = [winner(parents, self.sample, random) for _ in range(_CHILDREN)]
         return _changed(space, parents.rows[best], random)
-
-    def _best(self, parents: Told, random: np.random.Generator) -> int:
-        """Returns the index of the best of a sample; ties are drawn."""
-        drawn = random.choice(len(parents), self.sample, replace=False)
-        rank, crowding = ranked(parents.take(drawn))
-        return int(drawn[np.lexsort((-crowding, rank))[0]])
 
 
 def _changed(space: Space, rows: IntArray, random: np.random.Generator) -> IntArray:

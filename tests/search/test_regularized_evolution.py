@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from supple.errors import SettingError
+from supple.search._ranking import winner
 from supple.search.base import Told
 from supple.search.random_search import RandomSearch
 from supple.search.regularized_evolution import RegularizedEvolution
@@ -39,10 +40,9 @@ def test_children_are_one_site_away_from_the_best_of_the_sample() -> None:
 
 
 def test_a_small_sample_lets_others_than_the_best_have_children() -> None:
-    algorithm = RegularizedEvolution(population=5, sample=2)
     random = np.random.default_rng(0)
     population = told([0.0, 1.0, 2.0, 3.0, 4.0])
-    best = [algorithm._best(population, random) for _ in range(1500)]
+    best = [winner(population, 2, random) for _ in range(1500)]
     # The best of two of five: 4, 3, 2, 1 and 0 of ten pairs.
     assert np.bincount(best, minlength=5) / 1500 == pytest.approx(
         [0.4, 0.3, 0.2, 0.1, 0], abs=0.04
