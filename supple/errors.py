@@ -14,7 +14,8 @@ Each class doubles as the built-in that a reader would expect:
     ├── OperatorError          NotImplementedError  an operator has no rule
     ├── VerificationError      RuntimeError         a sub-network differs from its promise
     ├── ConcurrencyError       RuntimeError         two sizes of one network at once
-    └── RankError              RuntimeError         processes that train together came apart
+    ├── RankError              RuntimeError         processes that train together came apart
+    └── WorkerError            RuntimeError         workers of a search can't be had or die
 
 A message says what was wrong, what was got, and what would do.
 """
@@ -77,6 +78,10 @@ class ConcurrencyError(SuppleError, RuntimeError):
 
 class RankError(SuppleError, RuntimeError):
     """Another process that trains along failed, is gone, or does something else."""
+
+
+class WorkerError(SuppleError, RuntimeError):
+    """The workers that a search was to have can't be reached, or die again and again."""
 
 
 class SuppleWarning(UserWarning):

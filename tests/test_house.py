@@ -62,7 +62,8 @@ def test_the_lock_file_is_what_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", ["dependencies", "onnx", "openvino", "postgres", "serve", "hub", "dev"]
+    "group",
+    ["dependencies", "onnx", "openvino", "postgres", "ray", "dashboard", "serve", "hub", "dev"],
 )
 def test_every_requirement_is_locked(group: str) -> None:
     project = PROJECT["project"]

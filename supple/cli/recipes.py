@@ -32,6 +32,16 @@ Study = Annotated[
         help="A database for the study, such as postgresql://user:password@host/database.",
     ),
 ]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="WHO",
+        help="Who evaluates sizes, in place of the recipe's search.workers: ray (workers on "
+        "this machine, one for each core), ray:4 (four of them), ray://host:10001 or host:6379 "
+        "(a Ray cluster).",
+    ),
+]
 
 
 def _with_ranks(command: Callable[..., None]) -> Callable[..., None]:
@@ -60,12 +70,13 @@ def run(
     output: Output = None,
     quiet: Quiet = False,
     study: Study = None,
+    workers: Workers = None,
 ) -> None:
     """Run a recipe: data, elastic, train, search, deploy, compare, report.
 
     Everything goes to one folder; the same command goes on where a run was interrupted.
     """
-    console, read = Console(), _read(recipe, overrides, fast, output)
+    console, read = Console(), _read(recipe, overrides, fast, output, workers)
     from supple.recipe.run import run_recipe
     from supple.report.table import networks_table
 
@@ -94,13 +105,15 @@ def search(
     output: Output = None,
     quiet: Quiet = False,
     study: Study = None,
+    workers: Workers = None,
 ) -> None:
     """Run a recipe up to its search, and print the front.
 
     With a larger search.evaluations the search goes on where it was. Several of these commands
-    at once share the work: on one machine as they are, on several with --study.
+    at once share the work: on one machine as they are, on several with --study. With
+    --workers, one command has several workers.
     """
-    console, read = Console(), _read(recipe, overrides, fast, output)
+    console, read = Console(), _read(recipe, overrides, fast, output, workers)
     from supple.recipe.run import search_recipe
 
     front = search_recipe(
@@ -109,11 +122,20 @@ def search(
     console.print(front)
 
 
-def _read(recipe: Path, overrides: list[str] | None, fast: bool, output: Path | None) -> Any:
+def _read(
+    recipe: Path,
+    overrides: list[str] | None,
+    fast: bool,
+    output: Path | None,
+    workers: str | None = None,
+) -> Any:
     from supple.recipe.load import load_recipe
 
     read = load_recipe(recipe, overrides or (), fast=fast)
-    return read if output is None else read.model_copy(update={"output": str(output)})
+    given: dict[str, Any] = {} if output is None else {"output": str(output)}
+    if workers is not None:
+        given["search"] = read.search.model_copy(update={"workers": workers})
+    return read.model_copy(update=given)
 
 
 COMMANDS = (run, search)

@@ -19,6 +19,9 @@ from supple.technique import from_settings
 __all__ = ["front_of", "search_extent", "search_front", "search_inputs", "study_of"]
 
 FRONT, LOCAL = "front.json", "study.db"
+# How far a search goes is its extent, a latency model is known by what it holds, and who
+# evaluates changes nothing.
+_ELSEWHERE = {"evaluations", "latency", "workers"}
 
 
 def search_inputs(bench: Bench, train: Record) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def search_inputs(bench: Bench, train: Record) -> dict[str, Any]:
     search = bench.recipe.search
     return {
         "train": train.digest,
-        "search": search.model_dump(mode="json", exclude={"evaluations", "latency"}),
+        "search": search.model_dump(mode="json", exclude=_ELSEWHERE),
         **latency_inputs(bench.recipe),
     }
 
@@ -63,8 +66,11 @@ def search_front(
     name = bench.recipe.name
     name = name if study is None else f"{name}-{checksum(inputs)[:8]}"
 
+    # Nothing else of the bench: a copy of what is used here goes to every worker.
+    task, validation = bench.task, bench.splits.validation
+
     def evaluate(module: nn.Module) -> dict[str, float]:
-        return bench.task.evaluate(module, bench.splits.validation.batches())
+        return task.evaluate(module, validation.batches())
 
     def work(folder: Path) -> Outcome:
         front = supple.pareto(
@@ -79,6 +85,7 @@ def search_front(
             seed=bench.recipe.seed,
             progress=progress,
             name=name,
+            workers=search.workers,
         )
         write_text(folder / FRONT, front.to_json())
         numbers = {"evaluations": len(front.evaluated), "front": len(front.points)}

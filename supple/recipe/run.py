@@ -30,6 +30,7 @@ from supple.report.page import write_report
 from supple.report.summary import Summary
 from supple.report.words import seconds_text
 from supple.space import Config
+from supple.study.crew import place_of
 from supple.study.front import Front
 from supple.training.bar import Bar
 
@@ -72,6 +73,8 @@ class _Way:
         study: str | None,
     ) -> _Way:
         run = RunFolder(Path(recipe.output) / recipe.name)
+        if not (run.path / "search" / "done.json").is_file():
+            place_of(recipe.search.workers)  # missed before the training, not after it
         return cls(recipe, run, allow_code, console or Console(quiet=True), progress, study)
 
 

@@ -127,6 +127,9 @@ class Search(Section):
             validation set is small.
         recalibration_batches: Training batches that renew running statistics for each
             evaluation.
+        workers: Who evaluates: none is the process itself; `ray` are workers on this machine,
+            one for each core, `ray:4` four of them; `ray://host:10001` or `host:6379` those of
+            a Ray cluster.
     """
 
     technique: Chosen = Choice(key="search/nsga2")
@@ -135,6 +138,7 @@ class Search(Section):
     latency: str | None = None
     metric: str | None = None
     recalibration_batches: Count = 8
+    workers: Annotated[str, BeforeValidator(str)] | None = None
 
     _technique = model_validator(mode="before")(_without_techniques)
 

@@ -79,8 +79,8 @@ class Costs:
     Args:
         net: An elastic network.
         costs: Names of closed-form costs (`"params"`, `"macs"`, ...) and of measured ones
-            (`"latency[batch=1]"`, `"memory"`, `"energy"`), costs that know their name (a latency model),
-            or name to function of a list of configs.
+            (`"latency[batch=1]"`, `"memory"`, `"energy"`), costs that know their name (a
+            latency model), or name to function of a list of configs.
 
     Raises:
         SettingError: A name is unknown or comes twice.

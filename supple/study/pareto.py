@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from supple.errors import SettingError, nearest
+from supple.errors import CheckpointError, SettingError, WorkerError, nearest
 from supple.quantity import Bound, bound, unit_of
 from supple.space import Config, Randomness
+from supple.study.crew import Answer, Crew, crew_of, place_of
 from supple.study.evaluate import (
     CostNames,
     Costs,
@@ -37,6 +39,9 @@ __all__ = ["pareto"]
 
 POLL_SECONDS = 0.5
 """How often a worker with nothing to do looks whether the others are done."""
+
+PATIENCE = 3
+"""How often a config's worker may die before the search gives up."""
 
 _DEFAULT = "search/nsga2"
 
@@ -70,6 +75,7 @@ def pareto(
     data: Any = None,
     seed: Randomness = 0,
     progress: bool = True,
+    workers: str | None = None,
 ) -> Front:
     """Searches the sizes of a network for the Pareto front of quality and costs.
 
@@ -105,6 +111,11 @@ def pareto(
         data: Batches to measure running statistics with; needed with batch normalization.
         seed: Of the search: an integer, or a generator.
         progress: Shows hypervolume, evaluations a minute and the time left.
+        workers: Who evaluates: None is this process; `"ray"` are workers on this machine, one
+            for each core, `"ray:4"` four of them; `"ray://host:10001"` or `"host:6379"` are
+            those of a Ray cluster. Each has a copy of the network and computes with one thread;
+            the study stays here. One that dies loses the evaluation it was at, which is
+            repeated.
 
     Returns:
         Everything that was evaluated, with its Pareto front.
@@ -114,7 +125,10 @@ def pareto(
             weights or other objectives.
         CheckpointError: The study can't be read or written, or its server was away for longer
             than a minute; the message names it.
-        MissingExtraError: The study lies in a database whose driver is not installed.
+        MissingExtraError: The study lies in a database whose driver is not installed, or Ray
+            is not.
+        WorkerError: The workers can't be reached, can't take over the search (what `evaluate`
+            needs is not there), or die each time at the same config.
 
     Example:
         ```python
@@ -127,6 +141,7 @@ def pareto(
     if evaluations < 1:
         raise SettingError(f"evaluations must be at least 1, got {evaluations}")
     _check_algorithm(algorithm)
+    place_of_workers = place_of(workers)
     priced = Costs(net, costs)
     evaluator = Evaluator(net, evaluate, priced, data)
     sought = functools.partial(_sought, priced.names, maximize, objectives)
@@ -138,10 +153,13 @@ def pareto(
             priced.check_predicted(known.config, known.values)
         bounds = {name: bound(text, unit_of(name)) for name, text in (where or {}).items()}
         search = _started(algorithm, net, store, seed, priced.exact(), bounds)
-        loop = _Loop(store, search, evaluator, sought, evaluations, bounds)
+        loop = _Loop(store, search, sought, evaluations, bounds)
         loop.offer([net.space.largest(), net.space.smallest()])
-        with SearchProgress(evaluations, store.objectives, name, shown=progress) as shown:
-            loop.run(shown)
+        left = len(store.results()) < evaluations
+        crew = crew_of(place_of_workers if left else None, evaluator)
+        shown = SearchProgress(evaluations, store.objectives, name, shown=progress)
+        with contextlib.closing(crew), shown:
+            loop.run(crew, shown)
         return _front(store, priced.errors)
 
 
@@ -220,47 +238,64 @@ def _begin(
 
 
 class _Loop:
-    """One worker: claims a config, evaluates it, stores it, tells the search."""
+    """Claims configs, has them evaluated, stores what comes out, tells the search."""
 
     def __init__(
         self,
         store: StudyStore,
         search: AskTell,
-        evaluator: Evaluator,
         sought: Callable[[Evaluation], tuple[Objective, ...]],
         limit: int,
         bounds: Mapping[str, Bound],
     ) -> None:
         self._store = store
         self._search = search
-        self._evaluator = evaluator
         self._sought = sought
         self._limit = limit
         self._bounds = bounds
         self._told: set[Config] = set()
         self._first: deque[Config] = deque()
+        self._lost: Counter[Config] = Counter()
+        self._beats: dict[int, contextlib.AbstractContextManager[None]] = {}
 
     def offer(self, configs: Sequence[Config]) -> None:
         """Puts configs before those that the search proposes."""
         self._first.extend(configs)
 
-    def run(self, shown: SearchProgress) -> None:
+    def run(self, crew: Crew, shown: SearchProgress) -> None:
         """Works until the study holds as many evaluations as wanted, or the whole space."""
         self._first.extendleft(self._store.fail_interrupted())
-        while self._sync(shown) < self._limit:
-            config = self._next()
-            if config is None:
-                if not self._store.busy():
+        try:
+            while self._sync(shown) < self._limit:
+                while crew.free and self._give(crew):
+                    pass
+                if crew.busy:
+                    for answer in crew.answers():
+                        self._take(answer)
+                elif self._store.busy():
+                    self._wait()
+                elif not self._first:
                     return
-                self._wait()
-                continue
-            trial = self._store.claim(config, self._limit)
-            if isinstance(trial, int):
-                self._evaluate(config, trial)
-            elif trial is Claim.FULL:
-                # Should another worker die, its evaluation is this one's to repeat.
-                self._first.appendleft(config)
-                self._wait()
+        finally:
+            for trial in list(self._beats):
+                self._end(trial)
+                with contextlib.suppress(CheckpointError):  # the first error is the one to show
+                    self._store.fail(trial, "interrupted")
+
+    def _give(self, crew: Crew) -> bool:
+        """Claims a config and has it evaluated; says whether another one may be tried."""
+        config = self._next()
+        if config is None:
+            return False
+        trial = self._store.claim(config, self._limit)
+        if trial is Claim.FULL:
+            # Should another worker die, its evaluation is this one's to repeat.
+            self._first.appendleft(config)
+            return False
+        if isinstance(trial, int):
+            self._begin(trial)
+            crew.give(trial, config)
+        return True
 
     def _wait(self) -> None:
         time.sleep(POLL_SECONDS)
@@ -293,19 +328,42 @@ class _Loop:
         asked = self._search.ask(1)
         return asked[0] if asked else None
 
-    def _evaluate(self, config: Config, trial: int) -> None:
+    def _begin(self, trial: int) -> None:
+        beating = self._store.working_on(trial)
+        beating.__enter__()
+        self._beats[trial] = beating
+
+    def _end(self, trial: int) -> None:
+        self._beats.pop(trial).__exit__(None, None, None)
+
+    def _take(self, answer: Answer) -> None:
+        self._end(answer.trial)
         try:
-            with self._store.working_on(trial):
-                evaluation = self._evaluator(config)
-            self._store.check(self._sought(evaluation))
+            if answer.error is not None:
+                raise answer.error
+            if answer.evaluation is None:
+                self._again(answer)
+                return
+            self._store.check(self._sought(answer.evaluation))
         except BaseException as error:
-            self._store.fail(trial, repr(error))
+            self._store.fail(answer.trial, repr(error))
             raise
-        if not self._store.finish(trial, evaluation):
+        if not self._store.finish(answer.trial, answer.evaluation):
             # Another machine took this worker for dead; the result still counts, once.
-            again = self._store.claim(config, self._limit)
+            again = self._store.claim(answer.config, self._limit)
             if isinstance(again, int):
-                self._store.finish(again, evaluation)
+                self._store.finish(again, answer.evaluation)
+
+    def _again(self, answer: Answer) -> None:
+        """Has a config evaluated again whose worker died, but not for ever."""
+        self._lost[answer.config] += 1
+        if self._lost[answer.config] == PATIENCE:
+            raise WorkerError(
+                f"the worker died {PATIENCE} times while it evaluated {answer.config} "
+                f"({answer.lost}); if memory is short, use fewer workers"
+            )
+        self._store.fail(answer.trial, f"interrupted: {answer.lost}")
+        self._first.appendleft(answer.config)
 
 
 def _excess(result: Evaluation, name: str, limit: Bound) -> float:
