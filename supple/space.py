@@ -617,6 +617,30 @@ class Space:
             sites[column] = Site(old.name, old.axis, choices, full, old.inside)
         return Space(sites, self.fixed)
 
+    def without(self, dropped: Mapping[str, int | Iterable[int]]) -> Space:
+        """Returns a space that lacks some choices of some sites.
+
+        Args:
+            dropped: Site name to the choices that go, or to the only one. What is said of
+                `subspace` holds for the others.
+
+        Raises:
+            SettingError: A site or a choice does not exist, or no choice is left.
+
+        Example:
+            >>> space = Space([Site("layer", "operator", (0, 1, 2), 2)])
+            >>> space.without({"layer": (0, 2)}).site("layer").choices
+            (1,)
+        """
+        left = {}
+        for name, choices in dropped.items():
+            column = self.column(name)
+            gone = list(choices) if isinstance(choices, Iterable) else [choices]
+            indices = {self._choice_index(column, value) for value in gone}
+            offered = self.sites[column].choices
+            left[name] = [c for i, c in enumerate(offered) if i not in indices]
+        return self.subspace(left)
+
     # ---------------------------------------------------------------------------- files
 
     def to_json(self) -> str:

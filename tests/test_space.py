@@ -420,6 +420,18 @@ def test_a_subspace_holds_configs_of_the_space_and_only_its_choices() -> None:
         space.subspace({"stem": 5})
 
 
+def test_a_space_without_some_choices_has_all_others() -> None:
+    space = two_blocks()
+    assert space.without({"stem": (16,), "b1.depth": 0}) == space.subspace(
+        {"stem": (4, 8), "b1.depth": 1}
+    )
+    assert space.without({"stem": ()}) == space
+    with pytest.raises(SettingError, match="at least one choice"):
+        space.without({"stem": (4, 8, 16)})
+    with pytest.raises(SettingError, match="no choice 5"):
+        space.without({"stem": 5})
+
+
 def test_a_million_configs_are_drawn_in_a_second_or_so() -> None:
     space = Space([Site(f"s{i}", "width", (1, 2, 3, 4), 4) for i in range(20)])
     n, best = 200_000, np.inf
