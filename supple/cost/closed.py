@@ -17,10 +17,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from supple.axes.base import added, below, merge
 from supple.cost.products import macs_of
+from supple.errors import SettingError
 from supple.graph.couple import propagate
 from supple.graph.dims import Atom, Dim, Monomial, atoms, monomials, multiply
 from supple.graph.record import Call, Recording, Ref, record
@@ -85,6 +87,31 @@ class ClosedCosts:
             for name in names:
                 result[name][start : start + _CHUNK] = self._price(name, part)
         return result
+
+    def expected(self, probabilities: Sequence[Tensor], name: str = "macs") -> Tensor:
+        """Gives the mean cost of configs whose choices are drawn independently, differentiably.
+
+        Args:
+            probabilities: For each site those of its choices, shape (choices,).
+            name: Which cost; not `activation_bytes`, a maximum of sums.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            SettingError: There is no such cost, or it is no sum.
+        """
+        if name not in self._packed_sums:
+            raise SettingError(
+                f"the mean can be computed of {', '.join(self._packed_sums)}, got {name!r}"
+            )
+        total = probabilities[0].new_zeros(())
+        for sites, table in self._packed_sums[name].items():
+            mean = torch.from_numpy(table.reshape([self._counts[s] for s in sites])).to(total)
+            for site in reversed(sites):
+                mean = mean @ probabilities[site]
+            total = total + mean
+        return total
 
     def _price(self, name: str, columns: np.ndarray) -> np.ndarray:
         if name != "activation_bytes":
