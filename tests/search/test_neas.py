@@ -87,9 +87,9 @@ def test_scores_by_hand() -> None:
     _observe(sampler, ((0, 2), 4.0, HALVES), ((1, 0), 4.0, HALVES))
     _observe(sampler, ((0, 1), 1.0, HALVES), ((1, 1), 2.0, HALVES))
     scores = sampler.scores()
-    # In the first layer the members differ twice, and operator 0 was a quarter better on average.
+    # In the first layer they differ twice; operator 0 was a quarter better on average.
     assert scores["a"] == pytest.approx([1.0, -1.0, 0.0])
-    # In the second they differ twice: operator 2 was 1 better once and equal once, 1 was 1 worse, 0 equal.
+    # In the second 2 was 1 better once and equal once, 1 was 1 worse, and 0 was equal.
     loss = np.array([0.0, 1.0, -0.5])
     apart = np.array([0.0, APART, APART / 2])
     expected = 2.0 * (apart - apart.mean()) / apart.std() - (loss - loss.mean()) / loss.std()
