@@ -101,14 +101,32 @@ class SequenceController(nn.Module):
         return Decisions(self._log_probs(logits, self.missing), states)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator, state: Tensor | None = None) -> Tensor:
-        """Draws sequences, shape (n, sites), each from a hidden state, shape (n, hidden)."""
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator,
+        state: Tensor | None = None,
+        *,
+        heat: float = 1.0,
+    ) -> Tensor:
+        """Draws sequences.
+
+        Args:
+            n: How many.
+            generator: Source of all randomness.
+            state: Hidden state that each sequence begins with, shape (n, hidden).
+            heat: What the logarithms of probabilities are divided by: above 1 for sequences
+                that are unlikely so far.
+
+        Returns:
+            Choice indices, shape (n, sites).
+        """
         token = torch.full((n, 1), self.embedding.num_embeddings - 1)
         memory = _memory(state)
         drawn = []
         for i, head in enumerate(self.heads):
             state, memory = self.lstm(self.embedding(token), memory)
-            probs = self._log_probs(head(state[:, 0]), self.missing[i]).exp()
+            probs = (self._log_probs(head(state[:, 0]), self.missing[i]) / heat).softmax(-1)
             drawn.append(torch.multinomial(probs, 1, generator=generator))
             token = drawn[-1] + self.offsets[i]
         return torch.cat(drawn, dim=1)

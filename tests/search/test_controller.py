@@ -41,6 +41,17 @@ def test_samples_follow_the_probabilities_that_forward_gives() -> None:
     assert (share - expected).abs().max() < 0.03
 
 
+def test_hotter_samples_are_nearer_to_uniform() -> None:
+    controller = SequenceController((3,), hidden=7, temperature=0.005, limit=None)
+    probs = controller(torch.zeros(1, 1, dtype=torch.long)).log_probs[0, 0].exp()
+    for heat in (1.0, 4.0):
+        drawn = controller.sample(4000, generator(0, "test"), heat=heat)
+        share = torch.bincount(drawn[:, 0], minlength=3) / 4000
+        expected = probs ** (1 / heat) / (probs ** (1 / heat)).sum()
+        assert (share - expected).abs().max() < 0.03
+    assert probs.max() > expected.max() + 0.1
+
+
 def test_a_state_has_seen_the_decisions_before_and_no_others() -> None:
     controller = SequenceController(COUNTS, hidden=7)
     a = controller(torch.tensor([[0, 1, 2]]))
