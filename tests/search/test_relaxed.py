@@ -199,13 +199,19 @@ def test_softmax_by_hand():
     torch.testing.assert_close(Softmax(2.0).drawn(alpha, source())[1], torch.tensor(0.731059))
 
 
-def test_hard_gumbel_draws_come_as_often_as_the_softmax_says():
+def test_hard_gumbel_draws_win_a_race_of_exponential_times():
+    # The first of waiting times with rates p comes with the probabilities p.
     alpha = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
-    random, weighing = source(), Gumbel(hard=True)
-    drawn = torch.stack([weighing.drawn(alpha, random) for _ in range(400)])
-    assert set(drawn.flatten().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(drawn.mean(0), torch.softmax(alpha, 0), atol=0.07, rtol=0)
-    drawn[0, 0].backward()
+    rates = torch.softmax(alpha.detach(), 0)
+    random, twin = source(), source()
+    winners = set()
+    for _ in range(30):
+        weights = Gumbel(hard=True).drawn(alpha, random)
+        first = int((torch.empty(3).exponential_(generator=twin) / rates).argmin())
+        assert weights.tolist() == F.one_hot(torch.tensor(first), 3).tolist()
+        winners.add(first)
+    assert winners == {0, 1, 2}
+    weights[0].backward()
     assert alpha.grad.abs().sum() > 0
 
 
