@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from supple.network import elastic
     from supple.space import Config, Space
     from supple.storage import load, save
+    from supple.study.growing import Batchwise, Estimate
     from supple.study.pareto import pareto
     from supple.training.loop import train
     from supple.training.recalibrate import recalibrate
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batchwise",
     "Config",
     "Depth",
+    "Estimate",
     "Exit",
     "Experts",
     "Heads",
@@ -66,6 +69,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Batchwise": "supple.study.growing",
+    "Estimate": "supple.study.growing",
     "Config": "supple.space",
     "Depth": "supple.axes.depth",
     "Heads": "supple.axes.heads",

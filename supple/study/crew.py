@@ -6,15 +6,16 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from supple.errors import SettingError, WorkerError, import_extra, nearest
 from supple.space import Config
-from supple.study.store import Evaluation
+from supple.study.growing import Race
+from supple.study.store import Evaluation, Stopped
 
-__all__ = ["Alone", "Answer", "Crew", "Place", "crew_of", "place_of"]
+__all__ = ["Alone", "Answer", "Crew", "Evaluate", "Place", "crew_of", "evaluated", "place_of"]
 
 CONNECT_SECONDS = 5.0
 """How long to wait for a cluster to answer at all."""
@@ -28,10 +29,25 @@ _PORTS = {"ray": 10001, "": 6379}
 _MOST = 1024
 _ADDRESS = re.compile(r"(ray://)?([\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})")
 # Of a cluster that is started here, read when Ray is imported: it listens on the loopback only
-# (Ray's default where firewalls ask, and an option elsewhere), and reports to nobody.
-_LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# (Ray's default where firewalls ask, and an option elsewhere), reports to nobody, and its
+# workers don't stand back behind everything else that runs, which latency would show.
+_LOCAL = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
 
-Evaluate = Callable[[Config], Evaluation]
+
+class Evaluate(Protocol):
+    """Evaluates canonical configs."""
+
+    def __call__(self, config: Config, *, race: Race | None = None) -> Evaluation | Stopped:
+        """Evaluates one."""
+
+    def together(
+        self, configs: Sequence[Config], race: Race | None = None
+    ) -> list[Evaluation | Stopped]:
+        """Evaluates several, on the same batches."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +58,31 @@ class Answer:
         trial: The trial it was claimed by.
         config: The config.
         evaluation: What came out, or None.
-        error: What the evaluation raised, or None.
+        error: What the evaluation raised, or None; of several that were given together, the
+            first one has it, and there is no answer for the others.
         lost: Why the worker is gone, where it is: the config is to be evaluated again.
     """
 
     trial: int
     config: Config
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | Stopped | None = None
     error: BaseException | None = None
     lost: str = ""
 
 
 class Crew(Protocol):
-    """Evaluates configs, one or several at a time."""
+    """Evaluates configs, by one worker or several."""
 
     @property
     def free(self) -> bool:
-        """Whether another config can be given."""
+        """Whether any worker has nothing to do."""
 
     @property
     def busy(self) -> bool:
         """Whether any config that was given is unanswered."""
 
-    def give(self, trial: int, config: Config) -> None:
-        """Has a config evaluated."""
+    def give(self, claimed: Sequence[tuple[int, Config]], race: Race | None) -> None:
+        """Has one worker evaluate configs, given with their trials, together."""
 
     def answers(self) -> list[Answer]:
         """Waits for at least one answer while any is due, but not for long."""
@@ -75,38 +92,47 @@ class Crew(Protocol):
 
 
 class Alone:
-    """This process, which evaluates one config at a time when it is asked for the answer.
+    """This process, which evaluates what it was given when it is asked for the answers.
 
     Args:
-        evaluate: Evaluates a config.
+        evaluate: Evaluates configs.
     """
 
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate
-        self._given: tuple[int, Config] | None = None
+        self._given: list[tuple[int, Config]] = []
+        self._race: Race | None = None
 
     @property
     def free(self) -> bool:
-        return self._given is None
+        return not self._given
 
     @property
     def busy(self) -> bool:
-        return self._given is not None
+        return bool(self._given)
 
-    def give(self, trial: int, config: Config) -> None:
-        self._given = trial, config
+    def give(self, claimed: Sequence[tuple[int, Config]], race: Race | None) -> None:
+        self._given, self._race = list(claimed), race
 
     def answers(self) -> list[Answer]:
-        if self._given is None:
-            return []
-        (trial, config), self._given = self._given, None
+        given, self._given = self._given, []
         try:
-            return [Answer(trial, config, self._evaluate(config))]
+            outcomes = evaluated(self._evaluate, [config for _, config in given], self._race)
         except BaseException as error:
-            return [Answer(trial, config, error=error)]
+            return [Answer(*given[0], error=error)]
+        return [Answer(*one, outcome) for one, outcome in zip(given, outcomes, strict=True)]
 
     def close(self) -> None:
-        self._given = None
+        self._given = []
+
+
+def evaluated(
+    evaluate: Evaluate, configs: Sequence[Config], race: Race | None
+) -> list[Evaluation | Stopped]:
+    """Evaluates one config or several together."""
+    if len(configs) == 1:
+        return [evaluate(configs[0], race=race)]
+    return evaluate.together(configs, race)
 
 
 @dataclass(frozen=True)

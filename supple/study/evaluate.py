@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from supple.errors import SettingError, nearest
 from supple.space import Config
-from supple.study.store import Evaluation
+from supple.study.growing import Batchwise, Estimate, Race, Tally, name_of, numbers, size_of
+from supple.study.store import Evaluation, Stopped
 from supple.training.recalibrate import recalibrate
 from supple.training.step import Network as Trained
 
@@ -188,7 +189,8 @@ class Evaluator:
 
     Args:
         net: An elastic network.
-        function: `evaluate(module) -> dict | float`.
+        function: `evaluate(module) -> dict | float`, or one that yields an `Estimate` for each
+            of several growing parts of the data, the last for all of it.
         costs: The costs.
         data: Batches to recalibrate running statistics with.
 
@@ -209,17 +211,73 @@ class Evaluator:
         self._costs = costs
         self._data = data
 
-    def __call__(self, config: Config) -> Evaluation:
-        """Returns the metrics and costs of a canonical config.
+    def __call__(self, config: Config, *, race: Race | None = None) -> Evaluation | Stopped:
+        """Evaluates a canonical config.
+
+        Args:
+            config: Which.
+            race: What tells that a growing evaluation may stop.
 
         Raises:
-            SettingError: The function gave something else than numbers.
+            SettingError: The function gave something else than numbers or estimates.
         """
+        if isinstance(self._function, Batchwise):
+            return self.together([config], race)[0]
         self._recalibrate(config)
         module = self._net.module
-        with _in_eval_mode(module), torch.no_grad(), self._net.at(config):
+        with self._evaluating(), self._net.at(config):
             given = self._function(module)
-        return Evaluation(config, self._metrics(given), self._costs.of(config))
+            if isinstance(given, Iterator):
+                return self._raced(config, given, race)
+        metrics = numbers(given, name_of(self._function), "evaluate")
+        return Evaluation(config, metrics, self._costs.of(config))
+
+    def together(
+        self, configs: Sequence[Config], race: Race | None = None
+    ) -> list[Evaluation | Stopped]:
+        """Evaluates several canonical configs: batch by batch, where the function allows it.
+
+        Args:
+            configs: Which.
+            race: What tells that a growing evaluation may stop.
+
+        Returns:
+            What came out of each, in their order.
+
+        Raises:
+            SettingError: The function gave something else than numbers or estimates.
+        """
+        growing = self._function
+        if not isinstance(growing, Batchwise):
+            return [self(config, race=race) for config in configs]
+        for config in configs:
+            self._recalibrate(config)
+        runners = [_Runner(config, self._costs.of(config), race) for config in configs]
+        tallies = {config: Tally(len(growing)) for config in configs}
+        done: dict[Config, Evaluation | Stopped] = {}
+        looks = growing.looks()
+        for batch in growing.batches():
+            size = size_of(batch)
+            for runner in [runner for runner in runners if runner.config not in done]:
+                tally = tallies[runner.config]
+                with self._evaluating(), self._net.at(runner.config):
+                    tally.add(growing.means(self._net.module, batch), size)
+                outcome = runner.outcome(tally.estimate()) if len(tally) in looks else None
+                if outcome is not None:
+                    done[runner.config] = outcome
+            if len(done) == len(configs):
+                break
+        if len(done) < len(configs):
+            seen = max(len(tally) for tally in tallies.values())
+            raise SettingError(
+                f"the data of evaluate gave {seen} batches, its length says {len(growing)}"
+            )
+        return [done[config] for config in configs]
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with _in_eval_mode(self._net.module), torch.no_grad():
+            yield
 
     def _recalibrate(self, config: Config) -> None:
         # The statistics of the full network are the module's own.
@@ -228,22 +286,56 @@ class Evaluator:
         if config not in self._net.statistics:
             recalibrate(self._net, config, self._data)
 
-    def _metrics(self, given: Any) -> dict[str, float]:
-        named = given if isinstance(given, Mapping) else {_name_of(self._function): given}
-        try:
-            return {str(name): float(value) for name, value in named.items()}
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise SettingError(
-                f"evaluate must return a number or a mapping of names to numbers, got {given!r}"
-            ) from error
+    def _raced(
+        self, config: Config, estimates: Iterator[Any], race: Race | None
+    ) -> Evaluation | Stopped:
+        """Follows the estimates of one size until the last, or until it is beaten."""
+        runner = _Runner(config, self._costs.of(config), race)
+        for estimate in estimates:
+            if not isinstance(estimate, Estimate):
+                raise SettingError(
+                    f"evaluate must yield supple.Estimate, got {type(estimate).__name__}"
+                )
+            outcome = runner.outcome(estimate)
+            if outcome is not None:
+                return outcome
+        raise SettingError(
+            "the last estimate that evaluate yields must be of all the data (share=1)"
+        )
 
 
-def _name_of(function: Any) -> str:
-    """Names the one number that a function returns: after the function, if that tells."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    name = getattr(function, "__name__", "")
-    return name if name.isidentifier() and not name.startswith(("eval", "_")) else "score"
+class _Runner:
+    """One size in a race.
+
+    Args:
+        config: Which.
+        costs: Its costs.
+        race: What tells that it is beaten; None lets it come to its end.
+    """
+
+    def __init__(self, config: Config, costs: Mapping[str, float], race: Race | None) -> None:
+        self.config = config
+        self._costs = costs
+        self._race = race
+        self._looks = 0
+
+    def outcome(self, estimate: Estimate) -> Evaluation | Stopped | None:
+        """Returns what came out, if that is clear by now."""
+        if estimate.share == 1:
+            return Evaluation(self.config, dict(estimate.values), self._costs)
+        self._looks += 1
+        race = self._race
+        winner = None if race is None else race.winner(estimate, self._costs, self._looks)
+        if winner is None:
+            return None
+        return Stopped(
+            self.config,
+            dict(estimate.values),
+            self._costs,
+            dict(estimate.errors),
+            estimate.share,
+            winner,
+        )
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ class Front:
         evaluated: Every config that was evaluated, in the order of evaluation.
         study: Where the study is stored.
         errors: Of values that a model predicted its median relative error, by name.
+        stopped: What is known of configs whose evaluation was given up, since another one beats
+            them: their metrics are estimates, so they are no candidates for anything.
 
     Raises:
         SettingError: A point lacks an objective.
@@ -70,6 +72,7 @@ class Front:
     evaluated: tuple[Point, ...]
     study: str = ""
     errors: Mapping[str, float] = field(default_factory=dict)
+    stopped: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         for point in self.evaluated:
@@ -210,7 +213,9 @@ class Front:
         sought = ", ".join(
             f"{o.name} {'up' if o.maximize else 'down'}" for o in self.objectives
         )
-        return f"{len(self.points)} of {len(self.evaluated)} configs on the front of {sought}"
+        early = f" ({len(self.stopped)} more were stopped early)" if self.stopped else ""
+        evaluated = f"{len(self.evaluated)} configs{early}"
+        return f"{len(self.points)} of {evaluated} on the front of {sought}"
 
     @property
     def names(self) -> list[str]:
@@ -251,15 +256,13 @@ class Front:
     def to_json(self) -> str:
         """Returns the front as JSON text."""
         objectives = [{"name": o.name, "maximize": o.maximize} for o in self.objectives]
-        evaluated = [
-            {"config": dict(p.config), "values": dict(p.values)} for p in self.evaluated
-        ]
         return json.dumps(
             {
                 "objectives": objectives,
-                "evaluated": evaluated,
+                "evaluated": _described(self.evaluated),
                 "study": self.study,
                 "errors": dict(self.errors),
+                **({"stopped": _described(self.stopped)} if self.stopped else {}),
             }
         )
 
@@ -274,9 +277,10 @@ class Front:
             read = json.loads(text)
             return cls(
                 tuple(Objective(o["name"], o["maximize"]) for o in read["objectives"]),
-                tuple(Point(Config(p["config"]), dict(p["values"])) for p in read["evaluated"]),
+                _points(read["evaluated"]),
                 read["study"],
                 {name: float(error) for name, error in read.get("errors", {}).items()},
+                _points(read.get("stopped", ())),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise SettingError(
@@ -319,6 +323,14 @@ class Front:
             f"none of {len(candidates)} evaluated configs meets {asked}; the nearest has {has} "
             f"(relax the budget, search longer, or offer smaller choices)"
         )
+
+
+def _described(points: Sequence[Point]) -> list[dict[str, Any]]:
+    return [{"config": dict(p.config), "values": dict(p.values)} for p in points]
+
+
+def _points(described: Sequence[Mapping[str, Any]]) -> tuple[Point, ...]:
+    return tuple(Point(Config(p["config"]), dict(p["values"])) for p in described)
 
 
 def _meets(point: Point, bounds: Mapping[str, Bound]) -> bool:

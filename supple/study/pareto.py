@@ -30,9 +30,10 @@ from supple.study.evaluate import (
     fingerprint,
 )
 from supple.study.front import Front, Point
+from supple.study.growing import Batchwise, Race
 from supple.study.objectives import Objective, minimised, objectives_of
 from supple.study.progress import SearchProgress
-from supple.study.store import Claim, Evaluation, StudyStore
+from supple.study.store import Claim, Evaluation, Stopped, StudyStore
 from supple.technique import Search, technique
 
 __all__ = ["pareto"]
@@ -76,6 +77,8 @@ def pareto(
     seed: Randomness = 0,
     progress: bool = True,
     workers: str | None = None,
+    confidence: float | None = 0.99,
+    together: int = 1,
 ) -> Front:
     """Searches the sizes of a network for the Pareto front of quality and costs.
 
@@ -89,7 +92,8 @@ def pareto(
         evaluate: `evaluate(module) -> dict | float`, called with the network's own module at
             one size, in eval mode, without gradients, after its running statistics were
             measured anew. Each number it gives is a metric; a single one is called after the
-            function (`score` if that says nothing).
+            function (`score` if that says nothing). It may also yield a `supple.Estimate` for
+            each of several growing parts of the data, as `supple.Batchwise` does.
         costs: Names of costs that `net.costs` gives (`"params"`, `"macs"`, `"weight_bytes"`,
             `"activation_bytes"`) and of such that are measured on the extracted network
             (`"latency[batch=1]"` in seconds, `"memory"` in bytes), among them latency models
@@ -116,6 +120,12 @@ def pareto(
             those of a Ray cluster. Each has a copy of the network and computes with one thread;
             the study stays here. One that dies loses the evaluation it was at, which is
             repeated.
+        confidence: Where `evaluate` yields estimates, a size is given up as soon as one that
+            was evaluated to the end beats it in every objective with this confidence: of the
+            sizes that belong on the front at most one minus it is lost. Such a trial is pruned
+            and counts as an evaluation. None evaluates all to the end.
+        together: How many sizes are evaluated on each batch that is loaded, at least 1; more
+            than one needs `supple.Batchwise`. They are proposed without knowing each other.
 
     Returns:
         Everything that was evaluated, with its Pareto front.
@@ -141,6 +151,7 @@ def pareto(
     if evaluations < 1:
         raise SettingError(f"evaluations must be at least 1, got {evaluations}")
     _check_algorithm(algorithm)
+    _check_growing(evaluate, confidence, together)
     place_of_workers = place_of(workers)
     priced = Costs(net, costs)
     evaluator = Evaluator(net, evaluate, priced, data)
@@ -155,7 +166,8 @@ def pareto(
         search = _started(algorithm, net, store, seed, priced.exact(), bounds)
         loop = _Loop(store, search, sought, evaluations, bounds)
         loop.offer([net.space.largest(), net.space.smallest()])
-        left = len(store.results()) < evaluations
+        loop.growing(confidence, together)
+        left = len(store.known()) < evaluations
         crew = crew_of(place_of_workers if left else None, evaluator)
         shown = SearchProgress(evaluations, store.objectives, name, shown=progress)
         with contextlib.closing(crew), shown:
@@ -173,11 +185,23 @@ def _check_algorithm(algorithm: object) -> None:
     )
 
 
+def _check_growing(evaluate: object, confidence: float | None, together: int) -> None:
+    if confidence is not None:
+        Race((), {}, confidence)
+    if together < 1:
+        raise SettingError(f"together must be at least 1, got {together}")
+    if together > 1 and not isinstance(evaluate, Batchwise):
+        raise SettingError(
+            f"together={together} needs an evaluation that goes batch by batch: "
+            f"evaluate=supple.Batchwise(score, batches), got {type(evaluate).__name__}"
+        )
+
+
 def _sought(
     costs: Sequence[str],
     maximize: str | Sequence[str] | None,
     only: Sequence[str] | None,
-    evaluation: Evaluation,
+    evaluation: Evaluation | Stopped,
 ) -> tuple[Objective, ...]:
     """What is sought, as the metrics of an evaluation tell."""
     return objectives_of(evaluation.metrics, costs, maximize=maximize, only=only)
@@ -220,7 +244,7 @@ def _begin(
     store: StudyStore,
     net: Network,
     evaluator: Evaluator,
-    sought: Callable[[Evaluation], tuple[Objective, ...]],
+    sought: Callable[[Evaluation | Stopped], tuple[Objective, ...]],
     limit: int,
 ) -> None:
     """Creates the study or joins it. What its objectives are, the first evaluation tells."""
@@ -228,6 +252,7 @@ def _begin(
         with store.alone() as needed:
             if needed:
                 first = evaluator(net.space.largest())
+                assert isinstance(first, Evaluation)  # nothing races yet
                 store.create(sought(first))
                 trial = store.claim(first.config, limit)
                 if isinstance(trial, int):
@@ -244,7 +269,7 @@ class _Loop:
         self,
         store: StudyStore,
         search: AskTell,
-        sought: Callable[[Evaluation], tuple[Objective, ...]],
+        sought: Callable[[Evaluation | Stopped], tuple[Objective, ...]],
         limit: int,
         bounds: Mapping[str, Bound],
     ) -> None:
@@ -257,6 +282,12 @@ class _Loop:
         self._first: deque[Config] = deque()
         self._lost: Counter[Config] = Counter()
         self._beats: dict[int, contextlib.AbstractContextManager[None]] = {}
+        self._confidence: float | None = None
+        self._together = 1
+
+    def growing(self, confidence: float | None, together: int) -> None:
+        """Gives up sizes that are beaten with such confidence; evaluates several at once."""
+        self._confidence, self._together = confidence, together
 
     def offer(self, configs: Sequence[Config]) -> None:
         """Puts configs before those that the search proposes."""
@@ -267,8 +298,8 @@ class _Loop:
         self._first.extendleft(self._store.fail_interrupted())
         try:
             while self._sync(shown) < self._limit:
-                while crew.free and self._give(crew):
-                    pass
+                while crew.free and (claimed := self._claimed(shown)):
+                    crew.give(claimed, self._race())
                 if crew.busy:
                     for answer in crew.answers():
                         self._take(answer)
@@ -282,20 +313,35 @@ class _Loop:
                 with contextlib.suppress(CheckpointError):  # the first error is the one to show
                     self._store.fail(trial, "interrupted")
 
-    def _give(self, crew: Crew) -> bool:
-        """Claims a config and has it evaluated; says whether another one may be tried."""
-        config = self._next()
-        if config is None:
-            return False
-        trial = self._store.claim(config, self._limit)
-        if trial is Claim.FULL:
-            # Should another worker die, its evaluation is this one's to repeat.
-            self._first.appendleft(config)
-            return False
-        if isinstance(trial, int):
-            self._begin(trial)
-            crew.give(trial, config)
-        return True
+    def _claimed(self, shown: SearchProgress) -> list[tuple[int, Config]]:
+        """Claims what one worker is to evaluate; nothing if there is nothing at present."""
+        claimed: list[tuple[int, Config]] = []
+        while len(claimed) < self._together:
+            config = self._next()
+            if config is None:
+                break
+            trial = self._store.claim(config, self._limit)
+            if isinstance(trial, int):
+                self._begin(trial)
+                claimed.append((trial, config))
+            elif trial is Claim.FULL:
+                # Should another worker die, its evaluation is this one's to repeat.
+                self._first.appendleft(config)
+                break
+            else:
+                self._sync(shown)  # another worker is ahead
+        return claimed
+
+    def _race(self) -> Race | None:
+        """What sizes are judged by that are evaluated from now on."""
+        if self._confidence is None:
+            return None
+        finite = {
+            result.config: result.values
+            for result in self._store.results()
+            if _is_finite(self._store, result)
+        }
+        return Race(self._store.objectives, finite, self._confidence)
 
     def _wait(self) -> None:
         time.sleep(POLL_SECONDS)
@@ -303,7 +349,7 @@ class _Loop:
 
     def _sync(self, shown: SearchProgress) -> int:
         """Tells the search what is new, from all workers; returns how much there is."""
-        results = self._store.results()
+        results = self._store.known()
         new = [result for result in results if result.config not in self._told]
         if new:
             values = minimised(self._store.objectives, (result.values for result in new))
@@ -314,10 +360,11 @@ class _Loop:
             else:
                 self._search.tell(configs, values)
             self._told.update(result.config for result in new)
-        shown.show(results)
+        done = [result for result in results if isinstance(result, Evaluation)]
+        shown.show(done, len(results) - len(done))
         return len(results)
 
-    def _violation(self, result: Evaluation) -> float:
+    def _violation(self, result: Evaluation | Stopped) -> float:
         return sum(_excess(result, name, limit) for name, limit in self._bounds.items())
 
     def _next(self) -> Config | None:
@@ -348,11 +395,16 @@ class _Loop:
         except BaseException as error:
             self._store.fail(answer.trial, repr(error))
             raise
-        if not self._store.finish(answer.trial, answer.evaluation):
+        if not self._keep(answer.trial, answer.evaluation):
             # Another machine took this worker for dead; the result still counts, once.
             again = self._store.claim(answer.config, self._limit)
             if isinstance(again, int):
-                self._store.finish(again, answer.evaluation)
+                self._keep(again, answer.evaluation)
+
+    def _keep(self, trial: int, outcome: Evaluation | Stopped) -> bool:
+        if isinstance(outcome, Stopped):
+            return self._store.stop(trial, outcome)
+        return self._store.finish(trial, outcome)
 
     def _again(self, answer: Answer) -> None:
         """Has a config evaluated again whose worker died, but not for ever."""
@@ -366,7 +418,11 @@ class _Loop:
         self._first.appendleft(answer.config)
 
 
-def _excess(result: Evaluation, name: str, limit: Bound) -> float:
+def _is_finite(store: StudyStore, result: Evaluation) -> bool:
+    return all(math.isfinite(result.values[o.name]) for o in store.objectives)
+
+
+def _excess(result: Evaluation | Stopped, name: str, limit: Bound) -> float:
     if name not in result.values:
         raise SettingError(
             f"where= names {name!r}, which is not evaluated{nearest(name, result.values)} "
@@ -376,9 +432,11 @@ def _excess(result: Evaluation, name: str, limit: Bound) -> float:
 
 
 def _front(store: StudyStore, errors: Mapping[str, float]) -> Front:
+    known = store.known()
     points = [
-        Point(result.config, result.values)
-        for result in store.results()
-        if all(math.isfinite(result.values[o.name]) for o in store.objectives)
+        Point(one.config, one.values)
+        for one in known
+        if isinstance(one, Evaluation) and _is_finite(store, one)
     ]
-    return Front(store.objectives, tuple(points), store.shown, errors)
+    stopped = [Point(one.config, one.values) for one in known if isinstance(one, Stopped)]
+    return Front(store.objectives, tuple(points), store.shown, errors, tuple(stopped))

@@ -47,18 +47,24 @@ class SearchProgress(Bar):
             rate="-",
         )
 
-    def show(self, done: Sequence[Evaluation]) -> None:
-        """Shows what was evaluated so far, by all workers."""
+    def show(self, done: Sequence[Evaluation], stopped: int = 0) -> None:
+        """Shows what was evaluated so far, by all workers.
+
+        Args:
+            done: To the end.
+            stopped: How many more evaluations were given up.
+        """
         if not self.shown:
             return
+        count = len(done) + stopped
         if self._before is None:
-            self._before = len(done)
+            self._before = count
         minutes = (time.monotonic() - self._start) / 60
-        fresh = len(done) - self._before
+        fresh = count - self._before
         values = minimised(self._objectives, (evaluation.values for evaluation in done))
         volume = scaled_hypervolume(values)
         self.update(
-            completed=len(done),
+            completed=count,
             volume="-" if volume is None else f"{volume:.4f}",
             rate=f"{fresh / minutes:.1f}" if fresh and minutes > 0 else "-",
         )

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from supple.errors import SuppleError, WorkerError, import_extra
 from supple.space import Config
-from supple.study.crew import Answer, Evaluate, Place
-from supple.study.store import Evaluation
+from supple.study.crew import Answer, Evaluate, Place, evaluated
+from supple.study.growing import Race
+from supple.study.store import Evaluation, Stopped
 
 __all__ = ["RayCrew"]
 
@@ -41,7 +43,7 @@ class RayCrew:
         self._ours = not self._ray.is_initialized()
         self._workers: list[Any] = []
         self._idle: list[Any] = []
-        self._tasks: dict[Any, tuple[Any, int, Config]] = {}
+        self._tasks: dict[Any, tuple[Any, list[tuple[int, Config]]]] = {}
         try:
             if self._ours:
                 self._connect(place)
@@ -63,9 +65,10 @@ class RayCrew:
     def busy(self) -> bool:
         return bool(self._tasks)
 
-    def give(self, trial: int, config: Config) -> None:
+    def give(self, claimed: Sequence[tuple[int, Config]], race: Race | None) -> None:
         worker = self._idle.pop(0)
-        self._tasks[worker.evaluate.remote(config)] = (worker, trial, config)
+        task = worker.evaluate.remote([config for _, config in claimed], race)
+        self._tasks[task] = (worker, list(claimed))
 
     def answers(self) -> list[Answer]:
         if not self._tasks:
@@ -74,7 +77,7 @@ class RayCrew:
         ready, _ = self._ray.wait(waiting, num_returns=1, timeout=_WAIT_SECONDS)
         if ready:  # and whatever else is there already
             ready, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        return [self._answer(task) for task in ready]
+        return [answer for task in ready for answer in self._answers(task)]
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""
@@ -131,20 +134,20 @@ class RayCrew:
                 "(your model's and your evaluation's modules) must be importable where they run"
             ) from error
 
-    def _answer(self, task: Any) -> Answer:
-        worker, trial, config = self._tasks.pop(task)
+    def _answers(self, task: Any) -> list[Answer]:
+        worker, given = self._tasks.pop(task)
         try:
-            evaluation: Evaluation = self._ray.get(task)
+            outcomes = self._ray.get(task)
         except self._ray.exceptions.RayTaskError as error:
             self._idle.append(worker)
             cause = getattr(error, "cause", None)
-            return Answer(trial, config, error=cause if cause is not None else error)
+            return [Answer(*given[0], error=cause if cause is not None else error)]
         except self._ray.exceptions.RayError as error:
             self._workers.remove(worker)
             self._hire()
-            return Answer(trial, config, lost=_first_line(error))
+            return [Answer(*one, lost=_first_line(error)) for one in given]
         self._idle.append(worker)
-        return Answer(trial, config, evaluation)
+        return [Answer(*one, outcome) for one, outcome in zip(given, outcomes, strict=True)]
 
 
 class _Evaluating:
@@ -158,9 +161,9 @@ class _Evaluating:
         """Says that it could be started."""
         return True
 
-    def evaluate(self, config: Config) -> Evaluation:
-        """Evaluates a config."""
-        return self._evaluate(config)
+    def evaluate(self, configs: list[Config], race: Race | None) -> list[Evaluation | Stopped]:
+        """Evaluates configs together."""
+        return evaluated(self._evaluate, configs, race)
 
 
 def _first_line(error: BaseException) -> str:

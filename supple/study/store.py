@@ -9,6 +9,9 @@ A database server that goes away in mid-search is waited for, `AWAY_SECONDS` at 
 asked of it may or may not have been done when the connection broke, so everything that is asked
 again does no harm if it was done before.
 
+An evaluation that was given up because another config surely beats this one is a pruned trial,
+with what was known of it; it is never told as finished.
+
 What optuna's dashboard shows: the objectives as values with their directions, the choices as
 parameters, and config, metrics and costs as user attributes.
 """
@@ -61,7 +64,7 @@ from supple.study.database import (
 from supple.study.objectives import Objective
 from supple.study.workers import Worker, beating
 
-__all__ = ["MEMORY", "Claim", "Evaluation", "StudyStore"]
+__all__ = ["MEMORY", "Claim", "Evaluation", "Stopped", "StudyStore"]
 
 LOCK_SECONDS = 30.0
 """How long to wait for a study file that another program has locked."""
@@ -108,6 +111,32 @@ class Evaluation:
         return {**self.metrics, **self.costs}
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """An evaluation that was given up, since another config surely beats this one.
+
+    Args:
+        config: The canonical config.
+        metrics: What was known of it: estimates from a part of the data, by name.
+        costs: Costs in base units, by name.
+        errors: Standard errors of the metrics, by name.
+        share: Which part of the data was used.
+        winner: The config that beats it in every objective.
+    """
+
+    config: Config
+    metrics: Mapping[str, float]
+    costs: Mapping[str, float]
+    errors: Mapping[str, float]
+    share: float
+    winner: Config
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Metrics (estimates) and costs together."""
+        return {**self.metrics, **self.costs}
+
+
 class StudyStore:
     """An open study.
 
@@ -133,7 +162,7 @@ class StudyStore:
         self.weights = weights
         self.objectives: tuple[Objective, ...] = ()
         self._worker = Worker()
-        self._read_before: dict[int, Evaluation] = {}
+        self._read_before: dict[int, Evaluation | Stopped] = {}
         self._study: optuna.Study | None = None
         self._file = file_of(self.where)
         self.shown = shown(self.where)
@@ -246,9 +275,17 @@ class StudyStore:
     # -------------------------------------------------------------------------- evaluations
 
     def results(self) -> list[Evaluation]:
-        """Returns what was evaluated, by trial number.
+        """Returns what was evaluated to the end, by trial number.
 
         An evaluation whose values were not finite is among them.
+
+        Raises:
+            CheckpointError: The file can't be read, or is damaged.
+        """
+        return [one for one in self.known() if isinstance(one, Evaluation)]
+
+    def known(self) -> list[Evaluation | Stopped]:
+        """Returns what was evaluated, to the end or not, by trial number.
 
         Raises:
             CheckpointError: The file can't be read, or is damaged.
@@ -316,17 +353,33 @@ class StudyStore:
         if not finite:
             attributes["reason"] = _NOT_FINITE
         state = TrialState.COMPLETE if finite else TrialState.FAIL
+        return self._close_trial(trial, state, attributes, values if finite else None)
 
-        def stored() -> bool:
-            try:
-                for key, value in attributes.items():
-                    self._storage.set_trial_user_attr(trial, key, value)
-                self._storage.set_trial_state_values(trial, state, values if finite else None)
-            except optuna.exceptions.UpdateFinishedTrialError:
-                return False
-            return True
+    def stop(self, trial: int, stopped: Stopped) -> bool:
+        """Stores what was known of a claimed config when its evaluation was given up.
 
-        return self._ask(stored)
+        The trial is pruned: it counts as one of the evaluations, and is not repeated.
+
+        Args:
+            trial: What `claim` returned.
+            stopped: What was known.
+
+        Returns:
+            Whether it was stored; False if the trial had been given up as interrupted.
+
+        Raises:
+            CheckpointError: The file can't be written.
+        """
+        attributes = {
+            "metrics": dict(stopped.metrics),
+            "costs": dict(stopped.costs),
+            "errors": dict(stopped.errors),
+            "share": stopped.share,
+            "winner": stopped.winner.to_json(),
+            "sha256": _seal(stopped),
+            "reason": "another config beats it",
+        }
+        return self._close_trial(trial, TrialState.PRUNED, attributes, None)
 
     def fail(self, trial: int, reason: str) -> None:
         """Marks a claimed config as not evaluated; it may be claimed again.
@@ -535,21 +588,42 @@ class StudyStore:
             with _without_experimental_warnings():
                 self._ask(lambda: optuna.storages.fail_stale_trials(study))
 
+    def _close_trial(
+        self,
+        trial: int,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: Sequence[float] | None,
+    ) -> bool:
+        def stored() -> bool:
+            try:
+                for key, value in attributes.items():
+                    self._storage.set_trial_user_attr(trial, key, value)
+                self._storage.set_trial_state_values(trial, state, values)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                return False
+            return True
+
+        return self._ask(stored)
+
     def _config(self, trial: FrozenTrial) -> Config:
         try:
             return self.space.canonical(Config.from_json(trial.user_attrs["config"]))
         except (KeyError, SettingError) as error:
             raise self._damaged(f"trial {trial.number}: {error!r}") from error
 
-    def _read(self, trial: FrozenTrial) -> Evaluation:
+    def _read(self, trial: FrozenTrial) -> Evaluation | Stopped:
         try:
             attributes = trial.user_attrs
-            evaluation = Evaluation(
-                self._config(trial), attributes["metrics"], attributes["costs"]
-            )
+            measured = (self._config(trial), attributes["metrics"], attributes["costs"])
+            evaluation: Evaluation | Stopped = Evaluation(*measured)
+            if trial.state == TrialState.PRUNED:
+                winner = Config.from_json(attributes["winner"])
+                known = (attributes["errors"], attributes["share"], winner)
+                evaluation = Stopped(*measured, *known)
             stored = [evaluation.values[o.name] for o in self.objectives]
             intact = attributes["sha256"] == _seal(evaluation)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, SettingError) as error:
             raise self._damaged(f"trial {trial.number}: {error!r}") from error
         if not intact or (trial.state == TrialState.COMPLETE and trial.values != stored):
             raise self._damaged(f"trial {trial.number} doesn't match its checksum")
@@ -635,8 +709,8 @@ class StudyStore:
 
 
 def _counts(trial: FrozenTrial) -> bool:
-    """Says whether a trial counts as an evaluation: also if its values were not finite."""
-    if trial.state == TrialState.COMPLETE:
+    """Says whether a trial counts as an evaluation: also if it was stopped, or not finite."""
+    if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
         return True
     return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") == _NOT_FINITE
 
@@ -649,8 +723,11 @@ def _refusal(trials: Sequence[FrozenTrial], config: str, limit: int) -> Claim | 
     return Claim.FULL if len(held) >= limit else None
 
 
-def _seal(evaluation: Evaluation) -> str:
-    content = [dict(evaluation.config), dict(evaluation.metrics), dict(evaluation.costs)]
+def _seal(evaluation: Evaluation | Stopped) -> str:
+    content: list[Any] = [dict(evaluation.config), dict(evaluation.metrics)]
+    content.append(dict(evaluation.costs))
+    if isinstance(evaluation, Stopped):
+        content += [dict(evaluation.errors), evaluation.share, dict(evaluation.winner)]
     return checksum(content)
 
 

@@ -6,6 +6,7 @@ import functools
 import socket
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -15,6 +16,7 @@ from supple.errors import MissingExtraError, SettingError, WorkerError
 from supple.space import Config
 from supple.study import pareto as module
 from supple.study.crew import Alone, Answer, Evaluate, Place, crew_of, place_of
+from supple.study.growing import Race
 from supple.study.pareto import pareto
 from tests.study.stub import Net, accuracy
 
@@ -94,8 +96,8 @@ class Mortal:
     def busy(self) -> bool:
         return bool(self.given)
 
-    def give(self, trial: int, config: Config) -> None:
-        self.given.append((trial, config))
+    def give(self, claimed: Sequence[tuple[int, Config]], race: Race | None) -> None:
+        self.given += claimed
         self.most = max(self.most, len(self.given))
 
     def answers(self) -> list[Answer]:
