@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from supple.axes.base import added
 from supple.cost.count import MacCounter
 from supple.errors import SettingError
 from supple.plan import Shadows
@@ -50,24 +49,21 @@ _LEAST = 1e-5
 # ------------------------------------------------------------------------------ what is counted
 
 
-def params(model: nn.Module, batch: Any, *, forward: Forward = run_model) -> float:
-    """Counts the elements of the parameters that a forward reads, shared ones once.
+def params(model: nn.Module, batch: Any = None) -> float:
+    """Counts the elements of the parameters, shared ones once.
 
     Args:
         model: The network.
-        batch: What it is run on.
-        forward: `forward(model, batch) -> output`; by default by the batch's type.
+        batch: Not looked at; it is here so that all proxies are called alike.
 
     Returns:
-        How many there are at the active size; blocks and options that don't run don't count.
+        How many there are at the active size: as many as `net.extract(config)` has.
 
     Example:
-        >>> params(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.zeros(1, 3))
+        >>> params(nn.Sequential(nn.Linear(3, 5), nn.ReLU()))
         20.0
     """
-    with torch.no_grad(), _untouched(model), _Reading() as reading:
-        forward(model, batch)
-    return float(sum(weight.numel() for weight in reading.of(model)))
+    return float(sum(weight.numel() for weight in _weights(model)))
 
 
 def macs(model: nn.Module, batch: Any, *, forward: Forward = run_model) -> float:
@@ -111,7 +107,7 @@ def gradient_norm(
         forward: `forward(model, batch) -> output`; by default by the batch's type.
 
     Returns:
-        The sum over the weights (parameters of two or more dimensions) that a forward reads.
+        The sum over the weights (parameters of two or more dimensions).
 
     Raises:
         SettingError: No such weight takes gradients.
@@ -137,7 +133,7 @@ def snip(model: nn.Module, batch: Any, loss: Loss, *, forward: Forward = run_mod
         forward: `forward(model, batch) -> output`; by default by the batch's type.
 
     Returns:
-        The sum over the weights (parameters of two or more dimensions) that a forward reads.
+        The sum over the weights (parameters of two or more dimensions).
 
     Raises:
         SettingError: No such weight takes gradients.
@@ -204,15 +200,15 @@ def _as_double(tensor: Tensor) -> Tensor:
 def _gradients(
     model: nn.Module, batch: Any, loss: Loss, forward: Forward
 ) -> list[tuple[Tensor, Tensor]]:
-    """Gives the weights that a forward reads, at the active size, and the loss' gradients."""
-    with torch.enable_grad(), _untouched(model), _Reading() as reading:
-        value = loss(forward(model, batch), batch)
-        weights = [one for one in reading.of(model) if one.dim() > 1 and one.requires_grad]
+    """Gives weights of the active size, such as the loss depends on, and its gradients."""
+    with torch.enable_grad(), _untouched(model):
+        weights = [one for one in _weights(model) if one.dim() > 1 and one.requires_grad]
         if not weights:
             raise SettingError(
                 f"no weight of {type(model).__name__} takes gradients; set requires_grad, or "
                 "use a proxy without gradients such as w_pca"
             )
+        value = loss(forward(model, batch), batch)
         gradients = torch.autograd.grad(value, weights, allow_unused=True)
     pairs = zip(weights, gradients, strict=True)
     return [(weight.detach(), gradient) for weight, gradient in pairs if gradient is not None]
@@ -361,7 +357,7 @@ def w_pca(
         principal_components(_tokens(features, mask), eta)
         for features in _features(model, batch, layers, forward)
     ]
-    return sum(found) * (params(model, batch, forward=forward) if weighted else 1.0)
+    return sum(found) * (params(model) if weighted else 1.0)
 
 
 def principal_components(tokens: Tensor, eta: float = 0.99) -> int:
@@ -424,25 +420,10 @@ def _paths(model: nn.Module, pattern: str) -> list[str]:
     return [full[id(module)] for module in found if id(module) in full]
 
 
-class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, notes what operators read."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._places: set[tuple[Any, ...]] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        read = tree_leaves((args, kwargs))
-        self._places.update(_place(one) for one in read if isinstance(one, Tensor))
-        return func(*args, **kwargs)
-
-    def of(self, model: nn.Module) -> list[Tensor]:
-        """Gives the parameters that were read, as the model's code sees them, each once."""
-        found = {_place(tensor): tensor for _, _, tensor in _stored(model, "_parameters")}
-        return [tensor for place, tensor in found.items() if place in self._places]
+def _weights(model: nn.Module) -> list[Tensor]:
+    """Gives the parameters as the code of the active size sees them, each once."""
+    found = {_place(tensor): tensor for _, _, tensor in _stored(model, "_parameters")}
+    return list(found.values())
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -453,7 +434,7 @@ def _stored(model: nn.Module, store: str) -> Iterator[tuple[nn.Module, str, Tens
     """Yields parameters or buffers as the code of the active size sees them."""
     for _, module in _named(model):
         for name, own in getattr(module, store).items():
-            if own is not None:
+            if own is not None and not added(name):
                 yield module, name, vars(module).get(name, own)
 
 

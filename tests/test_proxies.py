@@ -75,6 +75,15 @@ def test_params_and_macs_are_those_of_the_closed_forms_at_every_size(net, batch)
             assert proxies.macs(net.module, batch) == costs["macs"][place] / 2 * 24
 
 
+def test_what_an_axis_adds_is_no_parameter_of_a_size():
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2))
+    x = torch.ones(1, 3, 6, 6)
+    net = supple.elastic(model, x, axes=[supple.Kernel(transform=True)], verify=False)
+    for config in (net.space.smallest(), net.space.largest()):
+        with net.at(config):
+            assert proxies.params(model) == net.costs([config])["params"][0]
+
+
 @pytest.mark.parametrize("name", PROXIES)
 def test_at_a_size_it_is_that_of_the_extracted_network(net, batch, name):
     proxy = PROXIES[name]
