@@ -2,45 +2,41 @@
 
 Three parts, each a value that a technique picks:
 
-- a `Relaxation` makes an elastic network run as a mixture, given weights for the choices of
-  its sites: `OutputMixture` adds up the outputs of the options of `supple.layers.Choice`;
+- a `Relaxation` (`supple.search._mixtures`) makes an elastic network run as a mixture, given
+  weights for the choices of its sites;
 - a `Weighing` (`supple.search._alphas`) turns architecture parameters into these weights;
 - a `RelaxedRun` trains network and architecture parameters in turns, on two halves of the
   data, as in DARTS.
 
 A technique derives from `RelaxedSearch` and overrides `relaxation`, `weighing`, `criterion`,
-`teachers`, `sampler`, `penalty` or `derive`.
+`teachers`, `sampler`, `rests`, `penalty` or `derive`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
 
 from supple.axes.operator import Operator
-from supple.errors import CheckpointError, SettingError, UnsupportedModelError
+from supple.errors import CheckpointError, SettingError
 from supple.layers.choice import Choice
 from supple.network import Elastic, elastic
-from supple.recompute import recomputing
 from supple.search._alphas import Alphas, Softmax, Weighing
-from supple.space import Config, Site
+from supple.search._halves import Halves, halves, paired
+from supple.search._mixtures import OutputMixture, Relaxation, Weights
+from supple.space import Config
 from supple.technique import Rule
-from supple.training.batches import Forward, Loss, batch_size, batches_of, run_model, split
+from supple.training.batches import Forward, Loss, batch_size, run_model
 from supple.training.ema import Average
 from supple.training.losses import Criterion, Labels, learnable, logits_of
 from supple.training.norms import without_dropout
-from supple.training.seeds import derive, kept
+from supple.training.seeds import kept
 from supple.training.session import modes_kept
 from supple.training.step import Sampler, SizesRun, StepOptions, WholeOnly
 
@@ -51,192 +47,15 @@ __all__ = [
     "Relaxation",
     "RelaxedRun",
     "RelaxedSearch",
+    "Weights",
     "buffers_kept",
     "halves",
     "paired",
 ]
 
-Weights = Mapping[str, Tensor]
-"""For a site's name, the weights of its choices in their order, shape (choices,)."""
-
 _BETAS = (0.5, 0.999)
 _REACH = 1e-2
 """How far the weights are moved, in norm, for a finite difference."""
-
-
-# -------------------------------------------------------------------------------- relaxations
-
-
-class Relaxation(ABC):
-    """A way in which a network runs as a mixture of the choices of some of its sites."""
-
-    @abstractmethod
-    def sites(self, net: Elastic) -> Sequence[Site]:
-        """Gives the sites that can be mixed.
-
-        Args:
-            net: An elastic network.
-        """
-
-    @abstractmethod
-    def mixed(self, net: Elastic, weights: Weights) -> AbstractContextManager[None]:
-        """Makes the full network run as a mixture, for the duration of the block.
-
-        Nothing of it stays afterwards; owners stay in place, and gradients reach them and the
-        weights, also when backward runs after the block. It may be entered twice at once.
-
-        Args:
-            net: The network; no size of it is active.
-            weights: By site; sites that it does not name are full. Weights may require
-                gradients; choices whose weight is exactly 0 and does not may be left out.
-        """
-
-    def drawing_from(self, generator: torch.Generator) -> Relaxation:
-        """Gives the relaxation of one run; by default itself, since nothing in it is random.
-
-        Args:
-            generator: Source of all randomness of the run.
-        """
-        return self
-
-    @contextlib.contextmanager
-    def applied(self, net: Elastic, weights: Weights) -> Iterator[None]:
-        """Checks the weights and makes the network run as a mixture inside the block.
-
-        What backward recomputes afterwards is mixed alike.
-
-        Args:
-            net: The network.
-            weights: By site.
-
-        Raises:
-            SettingError: A site can't be mixed, or has another number of choices.
-        """
-        known = {site.name: len(site.choices) for site in self.sites(net)}
-        for name, each in weights.items():
-            if tuple(each.shape) != (known.get(name),):
-                raise SettingError(
-                    f"weights of site {name!r} must have the shape ({known.get(name)},), got "
-                    f"{tuple(each.shape)}"
-                    if name in known
-                    else f"site {name!r} can't be mixed (these can: {', '.join(known)})"
-                )
-        with self.mixed(net, weights), recomputing(lambda: self.mixed(net, weights)):
-            yield
-
-
-@dataclass(frozen=True)
-class OutputMixture(Relaxation):
-    r"""Adds up the outputs of all options of each `supple.layers.Choice`: $\sum_i w_i f_i(x)$.
-
-    An option whose weight is exactly 0 and needs no gradient does not run. Options must not
-    change their inputs in place, since all of them get the same.
-    """
-
-    def sites(self, net: Elastic) -> Sequence[Site]:
-        """Gives the sites of axis `operator`."""
-        return [site for site in net.space.sites if site.axis == Operator.name]
-
-    @contextlib.contextmanager
-    def mixed(self, net: Elastic, weights: Weights) -> Iterator[None]:
-        """Lets each layer's forward be the mixture."""
-        with contextlib.ExitStack() as stack:
-            for name, each in weights.items():
-                layer = net.module.get_submodule(name)
-                assert isinstance(layer, Choice)
-                stack.enter_context(_shadowed(layer, functools.partial(_mix, layer, each)))
-            yield
-
-
-@contextlib.contextmanager
-def _shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(layer).get("forward")
-    vars(layer)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(layer)["forward"]
-        else:
-            vars(layer)["forward"] = before
-
-
-def _mix(layer: Choice, weights: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Runs the options that count, and adds up what they give."""
-    live = [
-        index
-        for index, weight in enumerate(weights.detach().tolist())
-        if weight or weights.requires_grad
-    ] or [0]  # with all weights 0, something must tell the shape
-    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    outputs = []
-    for index in live:
-        written = [_version(x) for x in inputs]
-        outputs.append(layer.options[index](*args, **kwargs))
-        if written != [_version(x) for x in inputs]:
-            raise UnsupportedModelError(
-                f"option {index} ({type(layer.options[index]).__name__}) of a choice changes "
-                "its input in place, which the other options get too; use inplace=False"
-            )
-
-    def total(*leaves: Any) -> Any:
-        if not isinstance(leaves[0], Tensor):
-            return leaves[0]
-        terms = [weights[index] * leaf for index, leaf in zip(live, leaves, strict=True)]
-        return sum(terms[1:], terms[0])
-
-    return tree_map(total, *outputs)
-
-
-def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode do not count how often they are written to.
-    return 0 if tensor.is_inference() else tensor._version
-
-
-# ------------------------------------------------------------------------------------ a run
-
-
-class Halves(NamedTuple):
-    """The two batches of a step.
-
-    Args:
-        train: What the network's weights learn from.
-        validation: What the architecture parameters learn from.
-    """
-
-    train: Any
-    validation: Any
-
-
-def halves(batch: Any) -> Halves:
-    """Gives the two batches of a step.
-
-    Args:
-        batch: `Halves`, or a pair of batches that are tuples, lists or mappings: training and
-            validation, from two sets that stay apart, as papers have it. Any other batch is
-            split in the middle; which half an example is in is then up to the data's order.
-
-    Raises:
-        SettingError: There are fewer than two examples to split.
-
-    Example:
-        >>> x = torch.arange(5)
-        >>> [half[0].tolist() for half in halves((x, x))]
-        [[0, 1, 2], [3, 4]]
-        >>> halves(((x[:1], x[:1]), (x[1:], x[1:]))).train[0].tolist()
-        [0]
-    """
-    if isinstance(batch, Halves):
-        return batch
-    nested = (tuple, list, Mapping)
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        train, validation = batch
-        if isinstance(train, nested) and isinstance(validation, nested):
-            return Halves(train, validation)
-    parts = split(batch, 2)
-    if len(parts) < 2:
-        raise SettingError("a batch of one example can't be split into two halves")
-    return Halves(*parts)
 
 
 class Measured(NamedTuple):
@@ -872,28 +691,3 @@ class RelaxedSearch(Rule):
                 for batch in paired(train, validation, epoch=epoch, seed=seed):
                     run.step(batch)
             return self.derive(run, train, validation)
-
-
-def paired(train: Any, validation: Any, *, epoch: int, seed: int = 0) -> Iterator[Halves]:
-    """Gives the steps of an epoch: each batch of the one half with one of the other.
-
-    Args:
-        train: Batches to be read once.
-        validation: Batches of a set of its own; read again where it has fewer.
-        epoch: Counted from 0; with `seed` it decides the order.
-        seed: Of the order.
-
-    Raises:
-        SettingError: The validation half has no batches.
-    """
-    others: Iterator[Any] = iter(())
-    again = itertools.count()
-    for batch in batches_of(train, seed=seed, epoch=epoch):
-        other = next(others, None)
-        if other is None:
-            order = derive(seed, "validation", epoch, next(again))
-            others = batches_of(validation, seed=order, epoch=epoch)
-            other = next(others, None)
-        if other is None:
-            raise SettingError("the validation half has no batches")
-        yield Halves(batch, other)
