@@ -106,6 +106,16 @@ class Costs:
             self._check(net.costs([net.space.largest()]))
 
     @property
+    def measured(self) -> bool:
+        """Whether any cost is measured on the extracted network."""
+        return bool(self._measured)
+
+    @property
+    def free(self) -> bool:
+        """Whether no cost needs a measurement, as the user's own functions may."""
+        return not self._measured and set(self._own) <= set(self.errors)
+
+    @property
     def errors(self) -> dict[str, float]:
         """Of costs that are predicted the median relative error, by name."""
         found = {name: getattr(cost, "error", None) for name, cost in self._own.items()}
@@ -210,6 +220,17 @@ class Evaluator:
         self._function = function
         self._costs = costs
         self._data = data
+        self._earlier: Mapping[Config, Mapping[str, float]] = {}
+        self._source = ""
+
+    def remember(self, metrics: Mapping[Config, Mapping[str, float]], source: str) -> None:
+        """Takes metrics that are known, so that these sizes only need their costs.
+
+        Args:
+            metrics: What an evaluation would give, by config.
+            source: The study that they come from.
+        """
+        self._earlier, self._source = metrics, source
 
     def __call__(self, config: Config, *, race: Race | None = None) -> Evaluation | Stopped:
         """Evaluates a canonical config.
@@ -223,6 +244,8 @@ class Evaluator:
         """
         if isinstance(self._function, Batchwise):
             return self.together([config], race)[0]
+        if config in self._earlier:
+            return self._remembered(config)
         self._recalibrate(config)
         module = self._net.module
         with self._evaluating(), self._net.at(config):
@@ -250,6 +273,18 @@ class Evaluator:
         growing = self._function
         if not isinstance(growing, Batchwise):
             return [self(config, race=race) for config in configs]
+        done: dict[Config, Evaluation | Stopped]
+        done = {
+            config: self._remembered(config) for config in configs if config in self._earlier
+        }
+        unknown = [config for config in configs if config not in done]
+        if unknown:
+            done |= self._together(growing, unknown, race)
+        return [done[config] for config in configs]
+
+    def _together(
+        self, growing: Batchwise, configs: Sequence[Config], race: Race | None
+    ) -> dict[Config, Evaluation | Stopped]:
         for config in configs:
             self._recalibrate(config)
         runners = [_Runner(config, self._costs.of(config), race) for config in configs]
@@ -272,7 +307,13 @@ class Evaluator:
             raise SettingError(
                 f"the data of evaluate gave {seen} batches, its length says {len(growing)}"
             )
-        return [done[config] for config in configs]
+        return done
+
+    def _remembered(self, config: Config) -> Evaluation:
+        if self._costs.measured:  # on the extracted network, which needs its statistics
+            self._recalibrate(config)
+        costs = self._costs.of(config)
+        return Evaluation(config, dict(self._earlier[config]), costs, self._source)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ from supple.study.growing import Batchwise, Race
 from supple.study.objectives import Objective, minimised, objectives_of
 from supple.study.progress import SearchProgress
 from supple.study.store import Claim, Evaluation, Stopped, StudyStore
+from supple.study.warm import Earlier, WarmStart, read_earlier
 from supple.technique import Search, technique
 
 __all__ = ["pareto"]
@@ -79,6 +80,7 @@ def pareto(
     workers: str | None = None,
     confidence: float | None = 0.99,
     together: int = 1,
+    warm_start: WarmStart | None = None,
 ) -> Front:
     """Searches the sizes of a network for the Pareto front of quality and costs.
 
@@ -126,6 +128,12 @@ def pareto(
             and counts as an evaluation. None evaluates all to the end.
         together: How many sizes are evaluated on each batch that is loaded, at least 1; more
             than one needs `supple.Batchwise`. They are proposed without knowing each other.
+        warm_start: An earlier study of the same sizes, maybe on another device: its file, its
+            URL, or the front that it gave. Where it was of the same weights, its metrics are
+            taken over and only costs are found anew, which does not count as an evaluation;
+            where costs are measured, that is done for its front at once and for others when
+            they are proposed. Of other weights, its front is evaluated first. Metrics that
+            are times, energies or bytes are never taken over.
 
     Returns:
         Everything that was evaluated, with its Pareto front.
@@ -158,6 +166,7 @@ def pareto(
     sought = functools.partial(_sought, priced.names, maximize, objectives)
     place = _new_file(name) if study is None else study
     weights = fingerprint(net.module)
+    earlier = read_earlier(warm_start, name=name, space=net.space, weights=weights)
     with StudyStore(place, name=name, space=net.space, weights=weights) as store:
         _begin(store, net, evaluator, sought, evaluations)
         for known in store.results()[:1]:
@@ -166,8 +175,9 @@ def pareto(
         search = _started(algorithm, net, store, seed, priced.exact(), bounds)
         loop = _Loop(store, search, sought, evaluations, bounds)
         loop.offer([net.space.largest(), net.space.smallest()])
+        _take_over(earlier, evaluator, loop, net, store, priced.free)
         loop.growing(confidence, together)
-        left = len(store.known()) < evaluations
+        left = _count(store.known()) < evaluations
         crew = crew_of(place_of_workers if left else None, evaluator)
         shown = SearchProgress(evaluations, store.objectives, name, shown=progress)
         with contextlib.closing(crew), shown:
@@ -262,6 +272,31 @@ def _begin(
         store.check(sought(known[0]))
 
 
+def _take_over(
+    earlier: Earlier,
+    evaluator: Evaluator,
+    loop: _Loop,
+    net: Network,
+    store: StudyStore,
+    free: bool,
+) -> None:
+    """Makes use of an earlier study, once it is known that evaluations mean the same."""
+    largest = net.space.largest()
+    for one in store.results():
+        if one.config == largest and not one.source:
+            earlier.check(one)
+    evaluator.remember(earlier.metrics, earlier.shown)
+    loop.remember(earlier)
+    loop.offer(earlier.front)
+    if free:
+        loop.offer(list(earlier.metrics))
+
+
+def _count(known: Sequence[Evaluation | Stopped]) -> int:
+    """Counts evaluations; what was taken over from an earlier study is none."""
+    return sum(isinstance(one, Stopped) or not one.source for one in known)
+
+
 class _Loop:
     """Claims configs, has them evaluated, stores what comes out, tells the search."""
 
@@ -284,6 +319,7 @@ class _Loop:
         self._beats: dict[int, contextlib.AbstractContextManager[None]] = {}
         self._confidence: float | None = None
         self._together = 1
+        self._earlier = Earlier()
 
     def growing(self, confidence: float | None, together: int) -> None:
         """Gives up sizes that are beaten with such confidence; evaluates several at once."""
@@ -292,6 +328,10 @@ class _Loop:
     def offer(self, configs: Sequence[Config]) -> None:
         """Puts configs before those that the search proposes."""
         self._first.extend(configs)
+
+    def remember(self, earlier: Earlier) -> None:
+        """Takes configs whose metrics are known for no evaluations."""
+        self._earlier = earlier
 
     def run(self, crew: Crew, shown: SearchProgress) -> None:
         """Works until the study holds as many evaluations as wanted, or the whole space."""
@@ -320,7 +360,8 @@ class _Loop:
             config = self._next()
             if config is None:
                 break
-            trial = self._store.claim(config, self._limit)
+            source = self._earlier.shown if config in self._earlier.metrics else ""
+            trial = self._store.claim(config, self._limit, source=source)
             if isinstance(trial, int):
                 self._begin(trial)
                 claimed.append((trial, config))
@@ -361,8 +402,9 @@ class _Loop:
                 self._search.tell(configs, values)
             self._told.update(result.config for result in new)
         done = [result for result in results if isinstance(result, Evaluation)]
-        shown.show(done, len(results) - len(done))
-        return len(results)
+        count = _count(results)
+        shown.show(done, count)
+        return count
 
     def _violation(self, result: Evaluation | Stopped) -> float:
         return sum(_excess(result, name, limit) for name, limit in self._bounds.items())
@@ -397,7 +439,8 @@ class _Loop:
             raise
         if not self._keep(answer.trial, answer.evaluation):
             # Another machine took this worker for dead; the result still counts, once.
-            again = self._store.claim(answer.config, self._limit)
+            source = "" if isinstance(answer.evaluation, Stopped) else answer.evaluation.source
+            again = self._store.claim(answer.config, self._limit, source=source)
             if isinstance(again, int):
                 self._keep(again, answer.evaluation)
 

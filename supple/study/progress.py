@@ -47,16 +47,17 @@ class SearchProgress(Bar):
             rate="-",
         )
 
-    def show(self, done: Sequence[Evaluation], stopped: int = 0) -> None:
+    def show(self, done: Sequence[Evaluation], count: int | None = None) -> None:
         """Shows what was evaluated so far, by all workers.
 
         Args:
             done: To the end.
-            stopped: How many more evaluations were given up.
+            count: How many evaluations that makes, with those that were given up and without
+                what an earlier study knew; by default as many as are done.
         """
         if not self.shown:
             return
-        count = len(done) + stopped
+        count = len(done) if count is None else count
         if self._before is None:
             self._before = count
         minutes = (time.monotonic() - self._start) / 60

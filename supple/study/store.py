@@ -99,11 +99,13 @@ class Evaluation:
         config: The canonical config.
         metrics: What the user's function gave, by name.
         costs: Costs in base units, by name.
+        source: The earlier study that the metrics were taken from; empty for one made here.
     """
 
     config: Config
     metrics: Mapping[str, float]
     costs: Mapping[str, float]
+    source: str = ""
 
     @property
     def values(self) -> dict[str, float]:
@@ -145,7 +147,8 @@ class StudyStore:
             `MEMORY`.
         name: The study's name; one file may hold several.
         space: What is searched.
-        weights: A fingerprint of the weights that are evaluated.
+        weights: A fingerprint of the weights that are evaluated; None to read a study of any,
+            whose own is `made_with`.
 
     Raises:
         SettingError: `where` is neither, or the study was made for something else.
@@ -154,12 +157,18 @@ class StudyStore:
     """
 
     def __init__(
-        self, where: str | os.PathLike[str], *, name: str, space: Space, weights: str = ""
+        self,
+        where: str | os.PathLike[str],
+        *,
+        name: str,
+        space: Space,
+        weights: str | None = "",
     ) -> None:
         self.where = os.fspath(where)
         self.name = name
         self.space = space
         self.weights = weights
+        self.made_with = ""
         self.objectives: tuple[Objective, ...] = ()
         self._worker = Worker()
         self._read_before: dict[int, Evaluation | Stopped] = {}
@@ -296,12 +305,13 @@ class StudyStore:
                 self._read_before[trial.number] = self._read(trial)
         return [self._read_before[trial.number] for trial in counting]
 
-    def claim(self, config: Config, limit: int) -> int | Claim:
+    def claim(self, config: Config, limit: int, *, source: str = "") -> int | Claim:
         """Marks a config as under evaluation by this worker.
 
         Args:
             config: A canonical config.
             limit: How many evaluations the study is to hold.
+            source: The earlier study that knows its metrics: it does not count then.
 
         Returns:
             The trial to `finish` or `fail`, or why there is none.
@@ -309,13 +319,14 @@ class StudyStore:
         Raises:
             CheckpointError: The file can't be read or written.
         """
-        text = config.to_json()
+        text, running = config.to_json(), self._running(config, source)
         with self._lock("claim"):
+            limit = limit if not source else -1
             refusal = _refusal(self._trials(), text, limit)
             if refusal is not None:
                 return refusal
             trial = self._ask(
-                lambda: self._storage.create_new_trial(self._study_id, self._running(config)),
+                lambda: self._storage.create_new_trial(self._study_id, running),
                 done=lambda: self._claimed(text),
             )
         # Where nothing can be locked, another worker may have claimed at the same moment: the
@@ -529,7 +540,8 @@ class StudyStore:
             raise SettingError(f"{made} by another program or version{instead}")
         if about.get("space") != self.space.digest:
             raise SettingError(f"{made} for another space than this network's{instead}")
-        if about.get("weights") != self.weights:
+        self.made_with = str(about.get("weights"))
+        if self.weights is not None and self.made_with != self.weights:
             raise SettingError(
                 f"{made} with other weights than this network has now, so its values don't "
                 f"hold any more{instead}"
@@ -559,7 +571,8 @@ class StudyStore:
                 return trial._trial_id
         return None
 
-    def _running(self, config: Config) -> FrozenTrial:
+    def _running(self, config: Config, source: str) -> FrozenTrial:
+        about: dict[str, Any] = {"source": source} if source else {}
         return FrozenTrial(
             number=-1,
             trial_id=-1,
@@ -570,7 +583,11 @@ class StudyStore:
             datetime_complete=None,
             params=dict(config),
             distributions=self._distributions(config),
-            user_attrs={"config": config.to_json(), "worker": self._worker.signature()},
+            user_attrs={
+                "config": config.to_json(),
+                "worker": self._worker.signature(),
+                **about,
+            },
             system_attrs={},
             intermediate_values={},
         )
@@ -616,7 +633,8 @@ class StudyStore:
         try:
             attributes = trial.user_attrs
             measured = (self._config(trial), attributes["metrics"], attributes["costs"])
-            evaluation: Evaluation | Stopped = Evaluation(*measured)
+            source = attributes.get("source", "")
+            evaluation: Evaluation | Stopped = Evaluation(*measured, source)
             if trial.state == TrialState.PRUNED:
                 winner = Config.from_json(attributes["winner"])
                 known = (attributes["errors"], attributes["share"], winner)
@@ -716,11 +734,12 @@ def _counts(trial: FrozenTrial) -> bool:
 
 
 def _refusal(trials: Sequence[FrozenTrial], config: str, limit: int) -> Claim | None:
-    """Returns why a config can't be claimed beside these trials."""
+    """Returns why a config can't be claimed beside these trials; a limit below 0 is none."""
     held = [t for t in trials if t.state == TrialState.RUNNING or _counts(t)]
     if any(trial.user_attrs.get("config") == config for trial in held):
         return Claim.TAKEN
-    return Claim.FULL if len(held) >= limit else None
+    own = [trial for trial in held if not trial.user_attrs.get("source")]
+    return Claim.FULL if 0 <= limit <= len(own) else None
 
 
 def _seal(evaluation: Evaluation | Stopped) -> str:
