@@ -151,7 +151,7 @@ def tested() -> Iterator[Any]:
 
 def alpha_rate(epochs: int) -> float:
     """Gives the rate at which the parameters can go as far as in DARTS, in fewer steps."""
-    return _WAY / (epochs * IMAGES // 2 // BATCH)
+    return round(_WAY / (epochs * IMAGES // 2 // BATCH), 6)
 
 
 def sgd(net: Elastic) -> torch.optim.Optimizer:
