@@ -48,7 +48,7 @@ def test_one_step_adds_the_distance_to_the_mean_of_the_snapshots(net, memory, te
     )
     run = started(net, method, 4)
     votes = []
-    for _ in range(2):
+    for _ in range(3):
         run.step(BATCH)
         snapshot = copy.deepcopy(net)
         with torch.no_grad():
