@@ -195,18 +195,18 @@ def noise_to_signal(output: Tensor, target: Tensor) -> Tensor:
 
     Args:
         output: Of the block that is trained, shape (images, channels, height, width).
-        target: Of the teacher's stage, the same shape; more than one pixel.
+        target: Of the teacher's stage, the same shape; more than one pixel in all.
 
     Returns:
-        The squared error over the variance within each channel of each image, the mean of all.
+        The squared error of each channel over the variance of the teacher's, the mean of all.
 
     Differs:
-        The variance is the teacher's; in the authors' code it is that of the block's output,
-        which a block can make large.
+        The authors' code divides by the variance within each image of the block's own output:
+        a block can make that large, and channels behind a ReLU are constant in many images.
     """
-    off = ((output - target) ** 2).mean((2, 3))
-    # A channel that is constant in an image has no signal to be relative to.
-    ratio: Tensor = off / target.var((2, 3)).clamp_min(_LEAST_SHARE)
+    off = ((output - target) ** 2).mean((0, 2, 3))
+    # A channel that is constant has no signal to be relative to.
+    ratio: Tensor = off / target.var((0, 2, 3)).clamp_min(_LEAST_SHARE)
     return ratio.mean()
 
 
