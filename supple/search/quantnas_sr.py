@@ -243,12 +243,19 @@ def noisy(x: Tensor, weights: Tensor, bits: Sequence[int], source: torch.Generat
     """
     share = len(bits) / (len(bits) + 1)
     values = x.detach()
-    span = values.max() - values.min()
+    least, most = values.aminmax()
+    sizes = (most - least) / (2.0 ** torch.tensor(bits, device=x.device) - 1) / 2
     total = (1 - share) * x
-    for weight, each in zip(weights, bits, strict=True):
-        noise = torch.randn(x.shape, generator=source, device=x.device, dtype=x.dtype)
-        copy = noise.mul_(span / (2**each - 1) / 2).add_(values)
-        total = total + (share * weight) * copy
+
+    def noise() -> Tensor:
+        return torch.randn(x.shape, generator=source, device=x.device, dtype=x.dtype)
+
+    if not weights.requires_grad:
+        # Noises that are added up are one noise, drawn once.
+        size = share * (weights * sizes).norm()
+        return total + noise().mul_(size).add_(share * weights.sum() * values)
+    for weight, size in zip(weights, sizes, strict=True):
+        total = total + (share * weight) * noise().mul_(size).add_(values)
     return total
 
 

@@ -62,6 +62,17 @@ def test_a_noisy_mixture_and_its_gradients_are_the_formulas():
     torch.testing.assert_close(weights.grad, 2 / 3 * torch.stack(copies).sum((1, 2)))
 
 
+def test_constant_weights_get_the_sum_of_the_noises_in_one_draw():
+    x = torch.linspace(0, 3, 5001, requires_grad=True)
+    given = noisy(x, torch.tensor([0.4, 0.3]), (2, 3), generator(5))
+    off = given.detach() - (1 / 3 + 2 / 3 * 0.7) * x.detach()
+    size = 2 / 3 * math.hypot(0.4 * 3 / 3, 0.3 * 3 / 7) / 2
+    assert off.std() == pytest.approx(size, rel=0.05)
+    assert abs(off.mean()) < size / 20
+    given.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 3))
+
+
 def test_a_convolution_runs_once_on_its_rectified_input_with_noise():
     layer = QuantizedConv2d(3, 4, 3, bits=(4, 8), bias=False)
     x = torch.randn(2, 3, 5, 7, generator=generator(7))
