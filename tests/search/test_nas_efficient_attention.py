@@ -77,6 +77,22 @@ def test_the_best_new_ones_by_rank_are_proposed() -> None:
     assert (drawn @ GAINS).mean() > best[:20].mean()
 
 
+def test_the_search_on_scores_goes_on_from_generation_to_generation() -> None:
+    space = Space([Site(f"s{i}", "width", tuple(range(9)), 8) for i in range(20)])
+    problem = Problem(space, ("loss",))
+    random = np.random.default_rng(0)
+
+    def price(rows: np.ndarray) -> Told:
+        return Told(rows, -rows.sum(axis=1, keepdims=True).astype(float), np.zeros(len(rows)))
+
+    search = NASEfficientAttention(mutation_probability=0.1)
+    drawn = space.random_many(500, random)
+    found = search._evolved(problem, price, drawn, random)
+    assert len(np.unique(found.rows, axis=0)) == len(found)
+    assert drawn.sum(axis=1).max() < 130
+    assert -found.values.min() > 150  # of 160
+
+
 def test_what_needs_no_evaluation_is_neither_ranked_nor_broken() -> None:
     known = told(120)
     both = Told(
@@ -111,7 +127,7 @@ def test_the_first_are_random_and_within_the_bound() -> None:
 
 def test_bounds_that_only_evaluations_tell_are_predicted() -> None:
     known = told(120)
-    beyond = np.maximum(known.rows.sum(axis=1) - 4.0, 0)
+    beyond = 1e6 * np.maximum(known.rows.sum(axis=1) - 4.0, 0)  # bytes, say
     search = NASEfficientAttention(population=6, first=20, candidates=500, trees=25)
     held = search.propose_for(
         Problem(KINDS, ("loss",)),
