@@ -271,6 +271,11 @@ class Elastic:
             self.axes = axes
 
     @property
+    def active(self) -> Config | None:
+        """The size that is active, inside the block of `at`; None outside."""
+        return self._active
+
+    @property
     def training(self) -> bool:
         """Whether the module is in training mode."""
         return self.module.training

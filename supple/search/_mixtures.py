@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from supple.axes.operator import Operator
-from supple.errors import SettingError, UnsupportedModelError
+from supple.errors import ConcurrencyError, SettingError, UnsupportedModelError
 from supple.layers.choice import Choice
 from supple.network import Elastic
 from supple.recompute import recomputing
@@ -71,7 +71,13 @@ class Relaxation(ABC):
 
         Raises:
             SettingError: A site can't be mixed, or has another number of choices.
+            ConcurrencyError: A size of the network is active.
         """
+        if net.active is not None:
+            raise ConcurrencyError(
+                "a size of this network is active, and a mixture needs the full one; leave the "
+                "block of net.at(...) first"
+            )
         known = {site.name: len(site.choices) for site in self.sites(net)}
         for name, each in weights.items():
             if tuple(each.shape) != (known.get(name),):

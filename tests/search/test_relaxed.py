@@ -10,7 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import supple
-from supple.errors import CheckpointError, SettingError, UnsupportedModelError
+from supple.errors import (
+    CheckpointError,
+    ConcurrencyError,
+    SettingError,
+    UnsupportedModelError,
+)
 from supple.layers.choice import Choice
 from supple.search._alphas import Alphas, Dirichlet, Gumbel, Sigmoid, Softmax
 from supple.search._relaxed import (
@@ -155,6 +160,16 @@ def test_weights_must_fit_the_sites(net):
     with (
         pytest.raises(SettingError, match=r"'stem' can't be mixed \(these can: 1, 3\)"),
         OutputMixture().applied(net, {"stem": torch.ones(2)}),
+    ):
+        pass
+
+
+def test_a_network_at_a_size_has_nothing_to_mix(net):
+    weights = weights_of(net, [0.5, 0.5], [0.5, 0.5])
+    with (
+        net.at({"1": 0}),
+        pytest.raises(ConcurrencyError, match="a size of this network is active"),
+        OutputMixture().applied(net, weights),
     ):
         pass
 
