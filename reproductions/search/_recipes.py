@@ -9,7 +9,7 @@ are trained alone from scratch, 60 steps of 50 images, on the 2,000 images of
 or none in the first two) times 24 recipes, in the order of `SPACE.every()`. `nb_mini.json` has
 220 random sizes of nb-mini's network, each with a random recipe: `WIDE.random_many(220, 0)`.
 
-`python -m reproductions.search._recipes` makes both, 24 minutes and 10 on one busy core, a part
+`python -m reproductions.search._recipes` makes both, 25 minutes and 7 on one busy core, a part
 at a time; a part that is there is not made again.
 
 The steps were set after 30 trainings of three networks: with 60 of them, networks differ more
