@@ -234,10 +234,22 @@ def _check_answers(address: str) -> None:
     host, port = parts[2].strip("[]"), int(parts[3])
     try:
         with contextlib.closing(socket.create_connection((host, port), CONNECT_SECONDS)):
-            return
+            _check_speaks(address.removeprefix("ray://"))
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise WorkerError(
             f"no Ray cluster answers at {address} ({why.lower()}); start one with "
             "`ray start --head`, correct host and port, or use 'ray' for workers right here"
         ) from error
+
+
+def _check_speaks(address: str) -> None:
+    """Sees whether what answers speaks Ray's protocol, for which Ray itself waits minutes."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # it would not answer without certificates
+    grpc = import_extra("grpc", "ray")
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError as error:
+            raise OSError(0, "something else does") from error

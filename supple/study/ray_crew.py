@@ -24,6 +24,11 @@ from supple.study.store import Evaluation, Stopped
 __all__ = ["RayCrew"]
 
 _WAIT_SECONDS = 1.0
+_CONNECTING = (
+    "; a cluster that asks for a token needs RAY_AUTH_MODE=token and the token in "
+    "RAY_AUTH_TOKEN or ~/.ray/auth_token here, too, and its Ray and Python must be of the same "
+    "version"
+)
 
 
 class RayCrew:
@@ -105,7 +110,10 @@ class RayCrew:
             self._ray.init(**options)
         except Exception as error:  # Ray has no common base for what can go wrong here
             where = place.address or "this machine"
-            raise WorkerError(f"no Ray workers on {where}: {_first_line(error)}") from error
+            hint = _CONNECTING if place.address else ""
+            raise WorkerError(
+                f"no Ray workers on {where}: {_first_line(error)}{hint}"
+            ) from error
 
     def _sent(self, evaluate: Evaluate) -> Any:
         try:

@@ -40,11 +40,12 @@ def test_each_direction_keeps_the_config_that_is_nearest_to_it() -> None:
 
 
 def test_a_whole_rank_is_kept_before_the_next_and_the_emptiest_direction_is_filled() -> None:
-    # Rank 0: (0, 4) and (4, 0) and (3, 1); rank 1 (each beaten by one of them): of these the
-    # one in the middle belongs to a direction that has none.
-    pool = told([[0, 4], [4, 0], [3, 1], [2.6, 2.4], [0.2, 4.4], [4.4, 0.2]])
-    kept = NSGA3(population=4).select(pool)
-    assert sorted(kept.values.tolist()) == [[0, 4], [2.6, 2.4], [3, 1], [4, 0]]
+    # Rank 0: three, of which each has a direction of its own. Rank 1: beside each of them one,
+    # and (2, 3) alone with the fourth direction, 1:2.
+    beside = [[0.2, 4.4], [4.4, 0.2], [2.5, 1.2]]
+    for order in ([*beside, [2, 3]], [[2, 3], *beside], [beside[0], [2, 3], *beside[1:]]):
+        kept = NSGA3(population=4).select(told([[0, 4], [4, 0], [2, 1], *order]))
+        assert sorted(kept.values.tolist()) == [[0, 4], [2, 1], [2, 3], [4, 0]]
 
 
 def test_what_breaks_a_constraint_comes_last_by_violation() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from supple.errors import MissingExtraError, SettingError, WorkerError
 from supple.space import Config
+from supple.study import crew
 from supple.study import pareto as module
 from supple.study.crew import Alone, Answer, Evaluate, Place, crew_of, place_of
 from supple.study.growing import Race
@@ -76,6 +77,17 @@ def test_an_address_where_nothing_answers_is_told_before_anything_is_done(
     assert not (tmp_path / "a.db").exists()
 
 
+def test_an_address_where_something_else_answers_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(crew, "CONNECT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(WorkerError, match=r"answers at .* \(something else does\)"):
+            place_of(address)
+
+
 # ------------------------------------------------------------------------ workers that die
 
 
@@ -115,11 +127,11 @@ def mortal(monkeypatch: pytest.MonkeyPatch, deaths: Counter[Config]) -> list[Mor
     """Has `supple.pareto` employ mortal workers."""
     made: list[Mortal] = []
 
-    def crew(_: object, evaluate: Evaluate) -> Mortal:
+    def mortals(_: object, evaluate: Evaluate) -> Mortal:
         made.append(Mortal(evaluate, deaths))
         return made[-1]
 
-    monkeypatch.setattr(module, "crew_of", crew)
+    monkeypatch.setattr(module, "crew_of", mortals)
     return made
 
 
