@@ -18,6 +18,12 @@ of techniques asks for it in four of five seeds); fewer scores until one of the 
 found than random search needs, and a better network, by any amount; the score must have more
 to do with the quality of the networks than with how many of them are fast enough, as the
 catalogue warns of.
+
+History: the tables say that the best space of all is homogeneous, with large residual blocks
+throughout, and with such spaces the search begins: the first two claims then show how it
+begins, and not that it evolves. So a claim was added before the first full run: more of the
+best five are among its 60 than among those of random search, by any amount. The others stand as
+they were committed before the tables were made. A trial used a seed that is not reported.
 """
 
 from __future__ import annotations
@@ -55,21 +61,27 @@ def claims(method: SearchAlgorithm, seeds: Sequence[int]) -> Iterator[Claim]:
     """Compares searches of spaces, and networks of the spaces found."""
     ours, drawn = ([searched(arm, seed) for seed in seeds] for arm in (method, OFF))
     yield Claim(
+        "more of the best five are found than by random search",
+        [many for *_, many in ours],
+        [many for *_, many in drawn],
+        unit="spaces",
+    )
+    yield Claim(
         "the best space found is one of the best five",
-        [rank for rank, _, _ in ours],
+        [rank for rank, *_ in ours],
         [BEST + 1] * len(seeds),
         better="lower",
         unit="rank",
-        details={"random search": [rank for rank, _, _ in drawn], "spaces": len(scores())},
+        details={"random search": [rank for rank, *_ in drawn], "spaces": len(scores())},
     )
     yield Claim(
         "one of the best five is found earlier than by random search",
-        [first for _, first, _ in ours],
-        [first for _, first, _ in drawn],
+        [first for _, first, *_ in ours],
+        [first for _, first, *_ in drawn],
         better="lower",
         unit="scores",
     )
-    found = [best_network(place) for _, _, place in ours]
+    found = [best_network(place) for *_, place, _ in ours]
     median = best_network(int(np.argsort(scores())[len(scores()) // 2]))
     yield Claim(
         "its best network under the tighter limit beats that of the median space",
@@ -123,8 +135,9 @@ def parts() -> tuple[np.ndarray, np.ndarray]:
     return quality, shares
 
 
-def searched(method: SearchAlgorithm, seed: int) -> tuple[int, int, int]:
-    """Runs a search; gives the rank of its best, when one of the best came, and its place."""
+def searched(method: SearchAlgorithm, seed: int) -> tuple[int, int, int, int]:
+    """Runs a search; gives the rank of its best, when one of the best five came first, the
+    place of its best, and how many of the best five it found."""
     places = {space: place for place, space in enumerate(spaces())}
     ranks = np.empty(len(scores()), dtype=int)
     ranks[np.argsort(-scores(), kind="stable")] = np.arange(1, len(scores()) + 1)
@@ -137,7 +150,8 @@ def searched(method: SearchAlgorithm, seed: int) -> tuple[int, int, int]:
         run.tell([space], [[-scores()[told[-1]]]])
     found = told[int(np.argmin(ranks[told[:SCORES]]))]
     first = 1 + int(np.flatnonzero(ranks[told] <= BEST)[0])
-    return int(ranks[found]), first, found
+    many = int((ranks[told[:SCORES]] <= BEST).sum())
+    return int(ranks[found]), first, found, many
 
 
 def best_network(place: int) -> Network:
