@@ -136,7 +136,7 @@ def test_the_score_of_a_space_is_that_of_its_networks_and_repeats() -> None:
 
 def test_noise_is_relative_to_what_the_teacher_varies_by() -> None:
     target = torch.tensor([[[[0.0]], [[0.0]]], [[[2.0]], [[20.0]]]])  # variances 2 and 200
-    output = target + torch.tensor([1.0, 10.0])[:, None, None]
+    output = torch.tensor([1.0, 10.0])[:, None, None].expand_as(target)  # off by 1 and by 10
     assert noise_to_signal(output, target).item() == pytest.approx(0.5)
     assert noise_to_signal(target, target).item() == 0
     flat = torch.ones(1, 1, 2, 2)
