@@ -133,8 +133,8 @@ def test_metrics_of_a_device_are_not_taken_over(tmp_path: Path) -> None:
 
     path, net = tmp_path / "a.db", Net()
     quiet(Net(), timed, ["params"], evaluations=6, study=path)
-    quiet(net, timed, ["params"], evaluations=6, study=":memory:", warm_start=path)
-    assert len(net.entered) == 6
+    front = quiet(net, timed, ["params"], evaluations=6, study=":memory:", warm_start=path)
+    assert len(front.evaluated) == len(net.entered) == 6
 
 
 # --------------------------------------------------------------------------- what is refused
