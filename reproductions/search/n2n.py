@@ -8,7 +8,8 @@ parameters), trained on 960 of scikit-learn's digits for ten epochs. Of its thre
 and its blocks' three inner widths a quarter, a half or all can stay: 1,728 students. Each is
 trained from scratch for three epochs on the labels and on the teacher's logits (AdamW,
 learning rate 1e-2 with cosine, batches of 60), and judged by 544 other images. `main()` makes
-the table of them, `n2n.json` beside this file: `python -m reproductions.search.n2n`.
+the table of them, `n2n.json` beside this file, in about 16 minutes on one core:
+`python -m reproductions.search.n2n`.
 
 Arms: N2N with the authors' settings, and students drawn uniformly; each evaluates the teacher
 and 149 others, no student twice; five seeds. Students of both arms are trained in the same way.
@@ -18,7 +19,8 @@ edits (there in three of five seeds), the mean reward of the last 50 students ab
 first 50. Since the reward is flat where nearly all is removed, it could be reached by size
 alone: hence the best student must keep 95 % of the teacher's accuracy.
 
-History: no pilot; four students were trained, for the time it takes (0.6 s each).
+History: no pilot; four students were trained, for the time it takes (0.6 s each), and
+the claims were tried on a made-up table, to see that they run.
 """
 
 from __future__ import annotations
