@@ -191,7 +191,7 @@ ALGORITHMS = {
     "nsga2": Algorithm(NSGA2(population=50), 5000, 50),
     "regularized-evolution": Algorithm(RegularizedEvolution(), 2000, 1),
     "local-search": Algorithm(LocalSearch(), 1000, 1),
-    "tpe": Algorithm(TPE(), 500, 10),
+    "tpe": Algorithm(TPE(), 200, 10),
     "weaknas": Algorithm(WeakNAS(), 500, 10),
     "linas": Algorithm(HardwareAwareSearch(), 500, 50),
     "front-search": Algorithm(FrontSearch(), 500, 10),
