@@ -176,7 +176,7 @@ class _Snapshots(Sampler):
         net.module.eval().requires_grad_(False)
         for name, tensor in _tensors(net).items():
             tensor.copy_(tensors[name])
-        members.append((net, {name: each.clone() for name, each in weights.items()}))
+        members.append((net, dict(weights)))
 
 
 def _tensors(net: Elastic) -> dict[str, Tensor]:

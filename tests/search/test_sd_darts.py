@@ -41,10 +41,10 @@ def mixed(run, net, x):
         return net.module(x)
 
 
-@pytest.mark.parametrize(("memory", "teachers"), [(1, 1), (2, 2)])
-def test_one_step_adds_the_distance_to_the_mean_of_the_snapshots(net, memory, teachers):
+@pytest.mark.parametrize(("memory", "ramp", "grown"), [(1, 0.0, 1.0), (2, 1.0, 0.75)])
+def test_one_step_adds_the_distance_to_the_mean_of_the_snapshots(net, memory, ramp, grown):
     method = SDDARTS(
-        memory=memory, interval=0.25, ramp=0.0, soft=0.7, temperature=2.0, frozen=True
+        memory=memory, interval=0.25, ramp=ramp, soft=0.7, temperature=2.0, frozen=True
     )
     run = started(net, method, 4)
     votes = []
@@ -53,12 +53,12 @@ def test_one_step_adds_the_distance_to_the_mean_of_the_snapshots(net, memory, te
         snapshot = copy.deepcopy(net)
         with torch.no_grad():
             votes.append(torch.softmax(mixed(run, snapshot, X[:3]) / 2.0, -1))
-    mean = torch.stack(votes[-teachers:]).mean(0)
+    mean = torch.stack(votes[-memory:]).mean(0)
     twin = copy.deepcopy(net)
     output = mixed(run, twin, X[:3])
     student = F.log_softmax(output / 2.0, -1)
     distance = F.kl_div(student, mean, reduction="batchmean")
-    total = F.cross_entropy(output, Y[:3]) + 0.7 * 2.0**2 * distance
+    total = F.cross_entropy(output, Y[:3]) + 0.7 * grown * 2.0**2 * distance
     total.backward()
     assert run.step(BATCH)["weights"] == pytest.approx(float(total.detach()), rel=1e-5)
     for name, p in twin.module.named_parameters():
