@@ -494,6 +494,31 @@ class Space:
         """
         return self._decoded(self.random_many(1, generator)[0])
 
+    def leaning_many(self, n: int, generator: Randomness) -> IntArray:
+        """Draws configs that lean to one side: small, middling or large all over.
+
+        Uniform draws are all middling in cost, as sums of many draws are. Here each config has
+        a place of its own between smallest and largest, uniform in (0, 1), and each of its
+        choices a binomial one around that place.
+
+        Args:
+            n: How many.
+            generator: A `torch.Generator`, a NumPy generator, or a seed.
+
+        Returns:
+            Encoded canonical configs, shape (n, sites).
+
+        Example:
+            >>> space = Space([Site(f"s{i}", "width", (1, 2, 3), 3) for i in range(20)])
+            >>> spread = space.leaning_many(100, 0).sum(axis=1).std()
+            >>> bool(spread > 2 * space.random_many(100, 0).sum(axis=1).std())
+            True
+        """
+        random = numpy_generator(generator)
+        most = np.array(self.counts) - 1
+        rows = [random.binomial(most, random.random()) for _ in range(n)]
+        return self.canonical_many(np.array(rows, dtype=np.int64).reshape(n, len(self.sites)))
+
     def random_many(self, n: int, generator: Randomness) -> IntArray:
         """Returns encoded canonical configs, drawn as in `random`, shape (n, sites).
 

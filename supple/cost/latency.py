@@ -435,8 +435,7 @@ def _sampled(space: Space, count: int, seed: int) -> NDArray[Any]:
     found: dict[tuple[int, ...], None] = dict.fromkeys(tuple(row.tolist()) for row in wanted)
     while len(found) < count:
         uniform = space.random_many(1, random)
-        lean = random.binomial(np.array(space.counts) - 1, random.random())[None]
-        for row in (*uniform, *space.canonical_many(lean)):
+        for row in (*uniform, *space.leaning_many(1, random)):
             if len(found) < count:
                 found[tuple(row.tolist())] = None
     return np.array(list(found))

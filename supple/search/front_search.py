@@ -40,7 +40,7 @@ class FrontSearch(SearchAlgorithm):
     Args:
         population: Configs to evaluate before the predictions are made anew, at least 1.
         first: Configs to evaluate before anything is predicted, at least 4: the smallest, the
-            largest and random ones.
+            largest, and random ones that are small, middling or large all over.
         candidates: Configs to predict for each batch, at least 100.
         predictor: What predicts: `"gaussian-process"`, or one of those of
             `search/hardware-aware-search`.
@@ -52,7 +52,7 @@ class FrontSearch(SearchAlgorithm):
         >>> search = FrontSearch(first=10, candidates=500)
         >>> size = lambda rows: rows.sum(axis=1)
         >>> run = search.start(space, ["size", "loss"], 0, exact={"size": size})
-        >>> for _ in range(3):
+        >>> for _ in range(4):
         ...     rows = run.ask_rows(10)
         ...     run.tell(rows, np.stack([size(rows), 30 - size(rows) + rows[:, 0]], axis=1))
         >>> bool((run.told.rows[-10:, 0] == 0).mean() > 0.8)  # what only harms dies out
@@ -100,7 +100,7 @@ class FrontSearch(SearchAlgorithm):
         good = parents.take(np.isfinite(parents.violations))
         if len(parents) < self.first or len(good) < LEAST:
             ends = space.encode_many([space.smallest(), space.largest()])
-            return np.concatenate([ends, space.random_many(self.first, random)])
+            return np.concatenate([ends, space.leaning_many(self.first, random)])
         price = prices(problem, parents, predictor(self.predictor), self.optimism)
         method = NSGA2(population=_EVOLVING)
         known = good.rows[front(good)]
