@@ -139,10 +139,11 @@ class Patch:
         """Whether the module at a path still has a place in the network."""
         if any(below(path, block) for block in self.dropped):
             return False
-        for replaced, other in self.modules.items():
-            if below(path, replaced):
-                return isinstance(other, str) and (below(path, other) or below(other, path))
-        return True
+        return all(
+            isinstance(other, str) and (below(path, other) or below(other, path))
+            for replaced, other in self.modules.items()
+            if below(path, replaced)
+        )
 
 
 def below(path: str, above: str) -> bool:

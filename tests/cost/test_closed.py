@@ -163,3 +163,20 @@ def test_a_million_configs_a_second() -> None:
     start = time.process_time()
     net.costs(rows)
     assert time.process_time() - start < 1.0
+
+
+def test_a_choice_inside_an_option_of_a_choice_counts_what_runs() -> None:
+    inner = Choice(nn.Identity(), nn.Linear(4, 4))
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        Choice(nn.Linear(4, 4), nn.Sequential(inner, nn.Linear(4, 4))),
+        nn.Linear(4, 2),
+    )
+    net = supple.elastic(model, (torch.zeros(1, 4),), axes=[supple.Operator()])
+    configs = net.space.decode_many(net.space.every())
+    assert len(configs) == 3
+    for config in configs:
+        priced = {name: int(values[0]) for name, values in net.costs([config]).items()}
+        part = net.extract(config)
+        assert priced["params"] == sum(p.numel() for p in part.parameters())
+        assert priced["weight_bytes"] == 4 * priced["params"]
