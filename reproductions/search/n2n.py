@@ -185,8 +185,9 @@ def _train(model: nn.Module, loss: Any, epochs: int) -> None:
 
 def taught(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Gives the loss of a student: to the labels, and to the teacher's logits."""
+    model = teacher()  # trained at the first call
     with torch.no_grad():
-        logits = teacher()(batch[0])
+        logits = model(batch[0])
     return F.cross_entropy(output, batch[1]) + F.mse_loss(output, logits)
 
 
