@@ -300,6 +300,9 @@ class Evaluator:
                 outcome = runner.outcome(tally.estimate()) if len(tally) in looks else None
                 if outcome is not None:
                     done[runner.config] = outcome
+            left = [runner for runner in runners if runner.config not in done]
+            if race is not None and left and len(tallies[left[0].config]) in looks:
+                done |= _halved(race, left)
             if len(done) == len(configs):
                 break
         if len(done) < len(configs):
@@ -359,16 +362,26 @@ class _Runner:
         self._costs = costs
         self._race = race
         self._looks = 0
+        self._estimate = Estimate({}, 1)
 
     def outcome(self, estimate: Estimate) -> Evaluation | Stopped | None:
         """Returns what came out, if that is clear by now."""
         if estimate.share == 1:
             return Evaluation(self.config, dict(estimate.values), self._costs)
         self._looks += 1
+        self._estimate = estimate
         race = self._race
         winner = None if race is None else race.winner(estimate, self._costs, self._looks)
-        if winner is None:
-            return None
+        return None if winner is None else self.stopped(winner)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What is known by now: the last estimate, and the costs."""
+        return {**self._estimate.values, **self._costs}
+
+    def stopped(self, winner: Config) -> Stopped:
+        """Returns what came out, as another config goes on in this one's place."""
+        estimate = self._estimate
         return Stopped(
             self.config,
             dict(estimate.values),
@@ -377,6 +390,16 @@ class _Runner:
             estimate.share,
             winner,
         )
+
+
+def _halved(race: Race, left: Sequence[_Runner]) -> dict[Config, Stopped]:
+    """What becomes of the sizes that don't go on."""
+    gone = race.halved({runner.config: runner.values for runner in left})
+    return {
+        runner.config: runner.stopped(gone[runner.config])
+        for runner in left
+        if runner.config in gone
+    }
 
 
 @contextlib.contextmanager

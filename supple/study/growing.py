@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from supple.errors import SettingError
 from supple.space import Config
+from supple.study.indicators import non_dominated
 from supple.study.objectives import Objective, minimised
 
 __all__ = ["Batchwise", "Estimate", "Race", "Tally", "name_of", "numbers", "size_of"]
@@ -71,30 +72,37 @@ class Estimate:
 
 
 class Race:
-    """Tells when a size is beaten, by what was evaluated to the end.
+    """Tells when a size is given up: it is beaten by what was evaluated to the end, or halved.
 
     Args:
         objectives: What is sought.
         finished: The values of configs that were evaluated to the end, by config.
         confidence: In (0, 1): one minus the largest chance that a size is given up although
-            the whole of the data would have put it on the front.
+            the whole of the data would have put it on the front. None compares with nothing.
+        halving: Of sizes that are evaluated together, one in so many goes on after each look,
+            at least 2; None for all (successive halving: Jamieson and Talwalkar 2016,
+            arXiv:1502.07943).
 
     Raises:
-        SettingError: The confidence is not in (0, 1).
+        SettingError: The confidence is not in (0, 1), or `halving` below 2.
     """
 
     def __init__(
         self,
         objectives: Sequence[Objective],
         finished: Mapping[Config, Mapping[str, float]],
-        confidence: float,
+        confidence: float | None,
+        halving: int | None = None,
     ) -> None:
-        if not 0 < confidence < 1:
+        if confidence is not None and not 0 < confidence < 1:
             raise SettingError(f"confidence must be in (0, 1), got {confidence}")
+        if halving is not None and halving < 2:
+            raise SettingError(f"halving must be at least 2, got {halving}")
         self._objectives = tuple(objectives)
         self._configs = list(finished)
         self._values = minimised(self._objectives, finished.values())
-        self._risk = 1 - confidence
+        self._risk = None if confidence is None else 1 - confidence
+        self._halving = halving
 
     def winner(
         self, estimate: Estimate, costs: Mapping[str, float], look: int
@@ -109,14 +117,16 @@ class Race:
             costs: Its costs by name, which are exact.
             look: How often it was looked at, this time included, at least 1.
         """
-        best = self._at_best(estimate, costs, look)
+        if self._risk is None:
+            return None
+        best = self._at_best(estimate, costs, look, self._risk)
         if best is None:
             return None
         beats = (self._values <= best).all(axis=1) & (self._values < best).any(axis=1)
         return self._configs[int(beats.argmax())] if beats.any() else None
 
     def _at_best(
-        self, estimate: Estimate, costs: Mapping[str, float], look: int
+        self, estimate: Estimate, costs: Mapping[str, float], look: int, risk: float
     ) -> FloatArray | None:
         """The best that the size may turn out to be; less is better."""
         values = {**estimate.values, **costs}
@@ -124,10 +134,44 @@ class Race:
             return None
         errors = [estimate.errors.get(o.name, 0.0) for o in self._objectives]
         uncertain = max(1, sum(error > 0 for error in errors))
-        risk = 6 * self._risk / (math.pi * look) ** 2 / uncertain
-        margin = float(student.isf(risk, estimate.freedom)) * np.array(errors)
+        each = 6 * risk / (math.pi * look) ** 2 / uncertain
+        margin = float(student.isf(each, estimate.freedom)) * np.array(errors)
         best: FloatArray = minimised(self._objectives, [values])[0] - margin
         return best
+
+    def halved(self, together: Mapping[Config, Mapping[str, float]]) -> dict[Config, Config]:
+        """Tells which of the sizes that are evaluated together don't go on.
+
+        One front after the other goes on; of the last one that has room, sizes that are spread
+        along it.
+
+        Args:
+            together: The values by now, estimates and costs, by config.
+
+        Returns:
+            Config to one that goes on and is on the first front.
+        """
+        if self._halving is None:
+            return {}
+        configs = list(together)
+        values = minimised(self._objectives, together.values())
+        values = np.where(np.isfinite(values), values, np.finfo(float).max)
+        kept = _spread_best(values, math.ceil(len(configs) / self._halving))
+        return {config: configs[kept[0]] for at, config in enumerate(configs) if at not in kept}
+
+
+def _spread_best(values: FloatArray, count: int) -> list[int]:
+    """The places of the best: one front after the other, and the last one evenly."""
+    left, kept = np.arange(len(values)), []
+    while len(kept) < count:
+        front = left[non_dominated(values[left])]
+        if len(kept) + len(front) > count:
+            along = front[np.argsort(values[front, 0], kind="stable")]
+            steps = np.linspace(0, len(along) - 1, count - len(kept))
+            front = along[np.round(steps).astype(int)]
+        kept.extend(front.tolist())
+        left = np.setdiff1d(left, front)
+    return kept
 
 
 class Tally:

@@ -80,6 +80,7 @@ def pareto(
     workers: str | None = None,
     confidence: float | None = 0.99,
     together: int = 1,
+    halving: int | None = None,
     warm_start: WarmStart | None = None,
 ) -> Front:
     """Searches the sizes of a network for the Pareto front of quality and costs.
@@ -128,6 +129,9 @@ def pareto(
             and counts as an evaluation. None evaluates all to the end.
         together: How many sizes are evaluated on each batch that is loaded, at least 1; more
             than one needs `supple.Batchwise`. They are proposed without knowing each other.
+        halving: Of the sizes that are evaluated together one in so many goes on after each
+            look at the estimates, by fronts (successive halving); the others are pruned, with
+            no confidence in it. At least 2; None lets all go on.
         warm_start: An earlier study of the same sizes, maybe on another device: its file, its
             URL, or the front that it gave. Where it was of the same weights, its metrics are
             taken over and only costs are found anew, which does not count as an evaluation;
@@ -159,7 +163,7 @@ def pareto(
     if evaluations < 1:
         raise SettingError(f"evaluations must be at least 1, got {evaluations}")
     _check_algorithm(algorithm)
-    _check_growing(evaluate, confidence, together)
+    _check_growing(evaluate, confidence, together, halving)
     place_of_workers = place_of(workers)
     priced = Costs(net, costs)
     evaluator = Evaluator(net, evaluate, priced, data)
@@ -176,7 +180,7 @@ def pareto(
         loop = _Loop(store, search, sought, evaluations, bounds)
         loop.offer([net.space.largest(), net.space.smallest()])
         _take_over(earlier, evaluator, loop, net, store, priced.free)
-        loop.growing(confidence, together)
+        loop.growing(confidence, together, halving)
         left = _count(store.known()) < evaluations
         crew = crew_of(place_of_workers if left else None, evaluator)
         shown = SearchProgress(evaluations, store.objectives, name, shown=progress)
@@ -195,9 +199,15 @@ def _check_algorithm(algorithm: object) -> None:
     )
 
 
-def _check_growing(evaluate: object, confidence: float | None, together: int) -> None:
-    if confidence is not None:
-        Race((), {}, confidence)
+def _check_growing(
+    evaluate: object, confidence: float | None, together: int, halving: int | None
+) -> None:
+    Race((), {}, confidence, halving)
+    if halving is not None and halving > together:
+        raise SettingError(
+            f"halving={halving} keeps one in {halving} of the sizes that are evaluated "
+            f"together; give together={halving} or more, got {together}"
+        )
     if together < 1:
         raise SettingError(f"together must be at least 1, got {together}")
     if together > 1 and not isinstance(evaluate, Batchwise):
@@ -319,11 +329,14 @@ class _Loop:
         self._beats: dict[int, contextlib.AbstractContextManager[None]] = {}
         self._confidence: float | None = None
         self._together = 1
+        self._halving: int | None = None
         self._earlier = Earlier()
 
-    def growing(self, confidence: float | None, together: int) -> None:
+    def growing(
+        self, confidence: float | None, together: int, halving: int | None = None
+    ) -> None:
         """Gives up sizes that are beaten with such confidence; evaluates several at once."""
-        self._confidence, self._together = confidence, together
+        self._confidence, self._together, self._halving = confidence, together, halving
 
     def offer(self, configs: Sequence[Config]) -> None:
         """Puts configs before those that the search proposes."""
@@ -375,14 +388,14 @@ class _Loop:
 
     def _race(self) -> Race | None:
         """What sizes are judged by that are evaluated from now on."""
-        if self._confidence is None:
+        if self._confidence is None and self._halving is None:
             return None
         finite = {
             result.config: result.values
             for result in self._store.results()
             if _is_finite(self._store, result)
         }
-        return Race(self._store.objectives, finite, self._confidence)
+        return Race(self._store.objectives, finite, self._confidence, self._halving)
 
     def _wait(self) -> None:
         time.sleep(POLL_SECONDS)

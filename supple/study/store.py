@@ -115,7 +115,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Stopped:
-    """An evaluation that was given up, since another config surely beats this one.
+    """An evaluation that was given up, since another config beats this one.
 
     Args:
         config: The canonical config.
@@ -123,7 +123,7 @@ class Stopped:
         costs: Costs in base units, by name.
         errors: Standard errors of the metrics, by name.
         share: Which part of the data was used.
-        winner: The config that beats it in every objective.
+        winner: The config that beats it in every objective, or went on in its place.
     """
 
     config: Config

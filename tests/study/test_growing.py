@@ -218,6 +218,59 @@ def test_several_sizes_share_each_batch_that_is_loaded() -> None:
     }
 
 
+def test_halving_keeps_one_front_after_the_other_and_spreads_along_the_last() -> None:
+    values = {
+        "steep": (0.9, 4.0),
+        "middle": (0.8, 3.0),
+        "near": (0.79, 2.9),
+        "cheap": (0.5, 1.0),
+        "worse": (0.7, 3.5),
+        "worst": (0.1, 9.0),
+        "broken": (math.nan, 0.5),
+    }
+    known = {
+        Config({"a": place}): {"accuracy": accuracy, "params": params}
+        for place, (accuracy, params) in enumerate(values.values())
+    }
+    names = dict(zip(known, values, strict=True))
+
+    def goes_on(halving: int) -> set[str]:
+        gone = Race(OBJECTIVES, {}, None, halving).halved(known)
+        assert all(winner not in gone for winner in gone.values())
+        return set(values) - {names[config] for config in gone}
+
+    # By hand: the front is steep, middle, near, cheap, and broken for its costs alone.
+    assert goes_on(2) == {"steep", "middle", "cheap", "broken"}
+    assert goes_on(7) == {"steep"}
+    assert Race(OBJECTIVES, {}, 0.9).halved(known) == {}
+
+
+def test_of_sizes_that_run_together_fewer_and_fewer_go_on() -> None:
+    noisy = Noisy(noise=0.0)
+    front = quiet(
+        Net(),
+        noisy.growing(),
+        ["params"],
+        evaluations=9,
+        study=":memory:",
+        confidence=None,
+        together=8,
+        halving=2,
+    )
+    # Looks are after 4, 6, 9 and 14 of 16 batches; the largest is evaluated before, alone.
+    assert sorted(noisy.scored.values()) == [4, 4, 4, 4, 6, 6, 9, 16, 16]
+    assert (len(front.evaluated), len(front.stopped)) == (2, 7)
+
+
+def test_halving_without_company_is_refused() -> None:
+    noisy = Noisy()
+    search = functools.partial(quiet, Net(), noisy.growing(), ["params"], study=":memory:")
+    with pytest.raises(SettingError, match="halving must be at least 2, got 1"):
+        search(together=4, halving=1)
+    with pytest.raises(SettingError, match="give together=4 or more, got 2"):
+        search(together=2, halving=4)
+
+
 def test_a_stopped_trial_is_pruned_with_what_was_known_and_never_repeated(
     tmp_path: Path,
 ) -> None:
