@@ -28,6 +28,9 @@ limits. The thresholds stayed as they were; there are fewer evaluations now, to 
 
 The paper's space has hidden dimensions up to 64 and heads up to 16, and 1,000 evaluations on
 citation graphs; here it had to fit into three minutes of two cores.
+
+Result: small steps beat random search; homogeneous sharing ranks no better than sharing
+without limits (0.05 of tau worse, spread 0.1).
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ beside.
 History: no pilot. The claims were tried on a made-up table, to see that they run: there PPO
 learned so fast that the best cells were used up before the last 50, since none is drawn twice.
 The thresholds stayed as they were.
+
+Result: the controller's claims hold; the transfer is undecided over three seeds (0.45 with a
+spread of 0.22, to be above 0.4).
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ History: `tune()` tried weights of bit operations with a seed of its own: with 0
 found costs 1.10 of the baseline, with 0.005 and 0.007 0.93, with 0.01 0.67. The larger of the
 two nearest below was chosen, before any network found was trained. The weight of the entropy
 was not varied; of the times there was one look.
+
+Result: it decides, its steps are faster than rounding ones, and what it finds is better than 4
+bits everywhere, but with these seeds it costs 3 % more bit operations than the baseline, where
+the tuning seed said 7 % less: that claim fails.
 """
 
 from __future__ import annotations

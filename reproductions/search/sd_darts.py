@@ -21,6 +21,9 @@ show here. Normalization uses the statistics of batches wherever a mixture is me
 Thresholds: (1) and (2) lower by any amount beyond the spread over seeds, as the catalogue of
 techniques has it; (3) no worse than by 0.01; (4) no higher than by 0.05, about a twentieth of
 what such small mixtures are left with.
+
+Result: the loss is flatter and the cut costs less; but the mixture is not certainly trained as
+well (0.07 worse, spread 0.06), so that part of it may be less training.
 """
 
 from __future__ import annotations
