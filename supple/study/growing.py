@@ -162,7 +162,7 @@ class Race:
 
 def _spread_best(values: FloatArray, count: int) -> list[int]:
     """The places of the best: one front after the other, and the last one evenly."""
-    left, kept = np.arange(len(values)), []
+    left, kept = np.arange(len(values)), list[int]()
     while len(kept) < count:
         front = left[non_dominated(values[left])]
         if len(kept) + len(front) > count:
