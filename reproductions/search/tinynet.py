@@ -24,8 +24,7 @@ from 0.74 to 0.51 of the base's. Of the eight networks of the best fronts six co
 0.15 of the base, and the two dearer ones have low resolutions and one block per stage: after 80
 steps, wide and shallow networks on small images are ahead. The paper trains its networks to
 convergence. The claim about resolution needs longer trainings than fit here, and probably
-larger images. The run took 290 s on one core with other programs on it, beyond the limit of
-180 s on two.
+larger images. The run took 96 s.
 """
 
 from __future__ import annotations
