@@ -31,6 +31,7 @@ from supple.search._predicted import evolved, prices
 from supple.search.base import Problem, Told
 from supple.search.nsga2 import NSGA2
 from supple.study.pareto import pareto
+from supple.training.seeds import kept
 
 __all__ = ["inner", "workers"]
 
@@ -132,6 +133,8 @@ def _rate(count: int) -> float:
         moments = sorted(
             float(line) for each in running for line in each.communicate()[0].split()
         )
+    if any(each.returncode for each in running):
+        raise RuntimeError("a worker failed; what it printed stands above")
     # Starting up takes each as long as it does: the first fifth is not counted.
     skipped = len(moments) // 5
     return (len(moments) - 1 - skipped) / (moments[-1] - moments[skipped])
@@ -140,7 +143,8 @@ def _rate(count: int) -> float:
 def _work(study: str) -> None:
     """Is one worker: prints the time at which each of its evaluations ended."""
     torch.set_num_threads(1)
-    model = build("digits-cnn", widths=(16, 32, 48), blocks=(1, 1, 1))
+    with kept(0):  # all workers have the same weights, or they could not share a study
+        model = build("digits-cnn", widths=(16, 32, 48), blocks=(1, 1, 1))
     net = elastic(model, torch.zeros(2, 1, 8, 8), axes=[Width((0.25, 0.5, 0.75, 1.0))])
 
     def score(module: torch.nn.Module) -> float:

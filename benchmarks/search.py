@@ -403,7 +403,7 @@ def keep(part: str, name: str, row: Any) -> dict[str, Any]:
     """
     figures = read()
     figures |= {"command": "python -m benchmarks.search", "device": device_name()}
-    if "front" in row and part == "cells":
+    if part == "cells" and "front" in row:
         known = figures["references"][name.partition("/")[0]]
         joined = np.concatenate([np.array(known["front"]), np.array(row.pop("front"))])
         known["front"] = sorted(joined[non_dominated(joined)].tolist())
