@@ -49,10 +49,10 @@ class HardwareAwareSearch(SearchAlgorithm):
     Example:
         >>> from supple.space import Site, Space
         >>> space = Space([Site(f"s{i}", "width", tuple(range(4)), 3) for i in range(10)])
-        >>> search = HardwareAwareSearch(population=10, candidates=200, predictor="ridge")
+        >>> search = HardwareAwareSearch(population=10, candidates=200, predictor="svr")
         >>> size = lambda rows: rows.sum(axis=1)
         >>> run = search.start(space, ["size", "loss"], 0, exact={"size": size})
-        >>> for _ in range(4):
+        >>> for _ in range(3):
         ...     rows = run.ask_rows(10)
         ...     run.tell(rows, np.stack([size(rows), 30 - size(rows) + rows[:, 0]], axis=1))
         >>> bool((run.told.rows[-10:, 0] == 0).mean() > 0.8)  # what only harms dies out
