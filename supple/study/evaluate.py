@@ -291,18 +291,17 @@ class Evaluator:
         tallies = {config: Tally(len(growing)) for config in configs}
         done: dict[Config, Evaluation | Stopped] = {}
         looks = growing.looks()
-        for batch in growing.batches():
+        for count, batch in enumerate(growing.batches(), 1):
             size = size_of(batch)
             for runner in [runner for runner in runners if runner.config not in done]:
                 tally = tallies[runner.config]
                 with self._evaluating(), self._net.at(runner.config):
                     tally.add(growing.means(self._net.module, batch), size)
-                outcome = runner.outcome(tally.estimate()) if len(tally) in looks else None
+                outcome = runner.outcome(tally.estimate()) if count in looks else None
                 if outcome is not None:
                     done[runner.config] = outcome
-            left = [runner for runner in runners if runner.config not in done]
-            if race is not None and left and len(tallies[left[0].config]) in looks:
-                done |= _halved(race, left)
+            if race is not None and count in looks:
+                done |= _halved(race, [one for one in runners if one.config not in done])
             if len(done) == len(configs):
                 break
         if len(done) < len(configs):

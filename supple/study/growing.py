@@ -99,8 +99,7 @@ class Race:
         if halving is not None and halving < 2:
             raise SettingError(f"halving must be at least 2, got {halving}")
         self._objectives = tuple(objectives)
-        self._configs = list(finished)
-        self._values = minimised(self._objectives, finished.values())
+        self._finished = finished
         self._risk = None if confidence is None else 1 - confidence
         self._halving = halving
 
@@ -123,7 +122,12 @@ class Race:
         if best is None:
             return None
         beats = (self._values <= best).all(axis=1) & (self._values < best).any(axis=1)
-        return self._configs[int(beats.argmax())] if beats.any() else None
+        return list(self._finished)[int(beats.argmax())] if beats.any() else None
+
+    @functools.cached_property
+    def _values(self) -> FloatArray:
+        # Most evaluations don't grow and never ask.
+        return minimised(self._objectives, self._finished.values())
 
     def _at_best(
         self, estimate: Estimate, costs: Mapping[str, float], look: int, risk: float
@@ -151,7 +155,7 @@ class Race:
         Returns:
             Config to one that goes on and is on the first front.
         """
-        if self._halving is None:
+        if self._halving is None or not together:
             return {}
         configs = list(together)
         values = minimised(self._objectives, together.values())

@@ -324,6 +324,7 @@ class _Loop:
         self._limit = limit
         self._bounds = bounds
         self._told: set[Config] = set()
+        self._finished: dict[Config, Mapping[str, float]] = {}
         self._first: deque[Config] = deque()
         self._lost: Counter[Config] = Counter()
         self._beats: dict[int, contextlib.AbstractContextManager[None]] = {}
@@ -390,12 +391,8 @@ class _Loop:
         """What sizes are judged by that are evaluated from now on."""
         if self._confidence is None and self._halving is None:
             return None
-        finite = {
-            result.config: result.values
-            for result in self._store.results()
-            if _is_finite(self._store, result)
-        }
-        return Race(self._store.objectives, finite, self._confidence, self._halving)
+        finished = dict(self._finished)
+        return Race(self._store.objectives, finished, self._confidence, self._halving)
 
     def _wait(self) -> None:
         time.sleep(POLL_SECONDS)
@@ -414,6 +411,11 @@ class _Loop:
             else:
                 self._search.tell(configs, values)
             self._told.update(result.config for result in new)
+            self._finished.update(
+                (result.config, result.values)
+                for result in new
+                if isinstance(result, Evaluation) and _is_finite(self._store, result)
+            )
         done = [result for result in results if isinstance(result, Evaluation)]
         count = _count(results)
         shown.show(done, count)
