@@ -555,7 +555,7 @@ class _Pretrained(Predictor):
 
         def together(weights: Weights) -> Tensor:
             found = _valued(weights[_ENDS:], _embedded(weights[:_ENDS], x), genes)
-            ways = [now - then for now, then in zip(weights, encoder, strict=False)]
+            ways = [now - then for now, then in zip(weights[:_ENDS], encoder, strict=True)]
             return method._loss(found, targets, ways + weights[_ENDS:])
 
         return _least(together, encoder + _least(alone, head, method.frozen), method.joint)

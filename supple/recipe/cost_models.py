@@ -40,10 +40,10 @@ def cost_models(bench: Bench, front: Front, folder: Path) -> dict[str, dict[str,
     """
     found: dict[str, dict[str, Any]] = {}
     for name in bench.recipe.search.costs:
-        rows, values = _measured(bench, front, name)
-        if "[predicted" in name or not len(rows):
+        if "[predicted" in name or name.partition("[")[0] not in ("latency", "memory"):
             continue
         figure, settings = parse_cost(name)
+        rows, values = _measured(bench, front, name)
         batch, threads = settings.get("batch"), settings.get("threads", _THREADS)
         if figure == "latency" and len(rows) >= LEAST_SAMPLES:
             model = fit_measured(bench.net, rows, values, batch=batch, threads=threads)
@@ -52,7 +52,7 @@ def cost_models(bench: Bench, front: Front, folder: Path) -> dict[str, dict[str,
                 model.save(folder / LEARNED)
                 learned["file"] = LEARNED
             found[name] = learned
-        elif figure == "memory":
+        elif figure == "memory" and len(rows):
             costs = at_batch(bench.net, batch).costs(rows)
             computed = np.asarray(costs["weight_bytes"]) + np.asarray(costs["activation_bytes"])
             error = float(np.median(np.abs(computed / values - 1)))
