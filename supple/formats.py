@@ -31,6 +31,7 @@ __all__ = [
     "Float",
     "Granularity",
     "Int",
+    "Midrise",
     "NumberFormat",
     "Power",
     "QuantSpec",
@@ -186,6 +187,63 @@ class Int(NumberFormat):
     def decode(self, codes: Tensor) -> Tensor:
         """Gives the numbers of codes, float32."""
         return codes.float() - self.offset
+
+
+@dataclass(frozen=True)
+class Midrise(NumberFormat):
+    """Halves of odd numbers: as many above zero as below, and no zero.
+
+    A code is the number counted from the lowest one. Half-way lie whole numbers: odd ones go
+    down, even ones up.
+
+    Args:
+        bits: From 1 to 16.
+
+    Raises:
+        SettingError: There are no such numbers.
+
+    Example:
+        >>> Midrise(2).values, Midrise(1).round(torch.tensor([-9.0, 0.2])).tolist()
+        ((-1.5, -0.5, 0.5, 1.5), [-0.5, 0.5])
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= _MOST_BITS:
+            raise SettingError(f"bits must be from 1 to {_MOST_BITS}, got {self.bits}")
+
+    @property
+    def name(self) -> str:
+        """`midrise2`."""
+        return f"midrise{self.bits}"
+
+    @property
+    def least(self) -> float:
+        """The lowest number."""
+        return -self.most
+
+    @property
+    def most(self) -> float:
+        """The highest number."""
+        return (2**self.bits - 1) / 2
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All numbers, ascending."""
+        return tuple(self.least + code for code in range(2**self.bits))
+
+    def round(self, x: Tensor) -> Tensor:
+        """Gives the nearest number."""
+        return ((x - 0.5).round() + 0.5).clamp(self.least, self.most)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Gives codes: numbers counted from the lowest."""
+        return (self.round(x) + self.most).to(_code_dtype(self.bits))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Gives the numbers of codes, float32."""
+        return codes.float() - self.most
 
 
 class _Listed(NumberFormat):
@@ -441,8 +499,8 @@ def number_format(text: str | NumberFormat) -> NumberFormat:
     """Gives the format of a name.
 
     Args:
-        text: `int4`, `uint4`, `int8-narrow`, `e2m1`, `e4m3`, `e5m2`, `nf4`, `power4^0.5`,
-            `levels(-1,1)` and the like; a format is given back.
+        text: `int4`, `uint4`, `int8-narrow`, `midrise2`, `e2m1`, `e4m3`, `e5m2`, `nf4`,
+            `power4^0.5`, `levels(-1,1)` and the like; a format is given back.
 
     Returns:
         The format.
@@ -460,6 +518,8 @@ def number_format(text: str | NumberFormat) -> NumberFormat:
         return Codebook(_NF4)
     if found := re.fullmatch(r"(u?)int(\d+)(-narrow)?", text):
         return Int(int(found[2]), symmetric=not found[1], narrow=bool(found[3]))
+    if found := re.fullmatch(r"midrise(\d+)", text):
+        return Midrise(int(found[1]))
     if found := re.fullmatch(r"e(\d)m(\d)(-ieee|-finite)?", text):
         exponent, mantissa = int(found[1]), int(found[2])
         for finite in (True, False):
@@ -591,14 +651,15 @@ class QuantSpec:
         Returns:
             Bits, codes not padded to bytes. Values of a codebook that has no name are counted.
         """
-        return self._bits(shape) / math.prod(shape)
+        return self.total_bits(shape) / math.prod(shape)
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Gives the bytes of a tensor of some shape: all codes packed, scales, zero points."""
         codes = math.prod(shape) * self.bits
-        return -(-codes // 8) + -(-(self._bits(shape) - codes) // 8)
+        return -(-codes // 8) + -(-(self.total_bits(shape) - codes) // 8)
 
-    def _bits(self, shape: Sequence[int]) -> int:
+    def total_bits(self, shape: Sequence[int]) -> int:
+        """Gives the bits of a tensor of some shape, scales and all, not padded to bytes."""
         rows, groups = self.scale_shape(shape)
         bits = math.prod(shape) * self.bits + rows * groups * _SCALE_BITS[self.scale_format]
         if not self.symmetric:
@@ -802,6 +863,11 @@ class Quantized:
     def nbytes(self) -> int:
         """Bytes of codes, packed, and of scales and zero points."""
         return self.spec.nbytes(self.shape)
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of codes, scales and zero points, not padded to bytes."""
+        return self.spec.total_bits(self.shape)
 
 
 def quantize(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,12 @@ __all__ = [
     "BASELINES",
     "MOST_BITS",
     "Quantizer",
+    "Solved",
     "Weights",
     "baseline",
     "bits_per_weight",
     "packable",
+    "rounded_input",
 ]
 
 Solver = Literal["nearest", "half_quadratic"]
@@ -54,6 +56,21 @@ Input = tuple[QuantSpec, tuple[Tensor, Tensor | None] | None]
 
 MOST_BITS = 16
 """From so many bits on nothing is rounded."""
+
+
+class Solved(Protocol):
+    """The matrix of a weight as a solver gives it: a `Quantized`, or codes of another kind."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix."""
+
+    @property
+    def total_bits(self) -> int:
+        """Bits that it takes, scales and all counted, codes not padded to bytes."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Gives the matrix that the codes stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +150,7 @@ class Quantizer(ModelTransform):
         """
         return self.spec()
 
-    def solve(self, matrix: Tensor, spec: QuantSpec, seen: LayerStatistics | None) -> Quantized:
+    def solve(self, matrix: Tensor, spec: QuantSpec, seen: LayerStatistics | None) -> Solved:
         """Quantizes one weight: by default to the nearest values.
 
         Args:
@@ -164,7 +181,7 @@ class Quantizer(ModelTransform):
         return self.install(model, self.quantized(model, given), given)
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> dict[str, Quantized]:
+    def quantized(self, model: nn.Module, given: Given) -> Mapping[str, Solved]:
         """Quantizes the weights of a model, which then holds the rounded ones.
 
         Args:
@@ -174,7 +191,7 @@ class Quantizer(ModelTransform):
         Returns:
             Name of a weight to its matrix, quantized; nothing at 16 bits.
         """
-        found: dict[str, Quantized] = {}
+        found: dict[str, Solved] = {}
         if self.rounds_weights:
             layers = matrices(model, self.layers)
             for seen in self._statistics(model, layers, given):
@@ -192,7 +209,7 @@ class Quantizer(ModelTransform):
             model, given.batches, self.want, self.layers, observers=self.observers()
         )
 
-    def _rounded(self, name: str, module: nn.Module, seen: LayerStatistics | None) -> Quantized:
+    def _rounded(self, name: str, module: nn.Module, seen: LayerStatistics | None) -> Solved:
         weight = module.weight
         assert isinstance(weight, Tensor)
         matrix = as_matrix(module, weight).float()
@@ -220,9 +237,21 @@ class Quantizer(ModelTransform):
             for name, one in matrices(model, self.layers).items()
         }
 
-    def install(
-        self, model: nn.Module, found: Mapping[str, Quantized], given: Given
-    ) -> nn.Module:
+    def pack(self, module: nn.Module, solved: Solved, given: Input | None) -> nn.Module | None:
+        """Makes the layer that holds the codes of a weight: by default of packed codes.
+
+        Args:
+            module: The layer, with the rounded weight.
+            solved: What `solve` gave for it.
+            given: How its input is rounded, which the new layer has to do; None: not at all.
+
+        Returns:
+            The layer, or None where there is none that could take the place of such a module.
+        """
+        assert isinstance(solved, Quantized)
+        return _packed(module, solved, given) if packable(module) else None
+
+    def install(self, model: nn.Module, found: Mapping[str, Solved], given: Given) -> nn.Module:
         """Puts layers that hold codes, and layers that round their inputs, in their places.
 
         Args:
@@ -235,17 +264,30 @@ class Quantizer(ModelTransform):
         """
         inputs, made = self.inputs(model, given), dict[str, nn.Module]()
         for name, module in matrices(model, self.layers).items():
-            layer = module
-            if self.packed and name in found and packable(module):
-                layer = _packed(module, found[name], inputs.pop(name, None))
-            if name in inputs:
-                spec, scales = inputs[name]
-                layer = QuantizedInput(layer, spec, static=scales is not None)
-                if scales is not None:
-                    layer.set_scale(*scales)
+            layer, rounding = None, inputs.get(name)
+            if self.packed and name in found:
+                layer = self.pack(module, found[name], rounding)
+            if layer is None:
+                layer = module if rounding is None else rounded_input(module, rounding)
             if layer is not module:
                 made[name.rpartition(".")[0]] = layer.train(module.training)
         return replace(model, made) if made else model
+
+
+def rounded_input(layer: nn.Module, given: Input) -> QuantizedInput:
+    """Puts a layer behind one that rounds its input.
+
+    Args:
+        layer: The layer.
+        given: How.
+
+    Example:
+        >>> rounded_input(nn.Linear(2, 3), (QuantSpec("int8", "token"), None)).static
+        False
+    """
+    spec, scales = given
+    made = QuantizedInput(layer, spec, static=scales is not None)
+    return made if scales is None else made.set_scale(*scales)
 
 
 def packable(module: nn.Module) -> bool:
@@ -360,7 +402,7 @@ def baseline(name: str, **settings: Any) -> Weights:
     return Weights(**{**BASELINES[name], **settings})
 
 
-def bits_per_weight(found: Mapping[str, Quantized]) -> float:
+def bits_per_weight(found: Mapping[str, Solved]) -> float:
     """Gives the bits that a quantized weight takes on average, scales and all counted.
 
     Args:
@@ -369,8 +411,5 @@ def bits_per_weight(found: Mapping[str, Quantized]) -> float:
     Returns:
         Bits, codes not padded to bytes.
     """
-    counts = {name: one.shape.numel() for name, one in found.items()}
-    bits = sum(
-        one.spec.bits_per_weight(one.shape) * counts[name] for name, one in found.items()
-    )
-    return bits / sum(counts.values())
+    weights = sum(one.shape.numel() for one in found.values())
+    return sum(one.total_bits for one in found.values()) / weights

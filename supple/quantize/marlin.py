@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +12,7 @@ from supple.errors import SettingError
 from supple.formats import Quantized
 from supple.layers.marlin import MarlinLinear, suited
 from supple.layers.packed import Engine
-from supple.quantize.base import MOST_BITS, Quantizer
-from supple.rebuild import replace
+from supple.quantize.base import MOST_BITS, Input, Quantizer, Solved
 from supple.technique import register
 from supple.transforms import Given
 from supple.weights import matrices
@@ -59,7 +57,7 @@ class Marlin(Quantizer):
         rounded ones; bytes against the file.
     """
 
-    distinguishing: ClassVar[str] = "install"
+    distinguishing: ClassVar[str] = "pack"
 
     group_size: int | None = 128
     engine: Engine = "auto"
@@ -95,7 +93,7 @@ class Marlin(Quantizer):
         return model, (torch.randn(5, 128, generator=generator),)
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> dict[str, Quantized]:
+    def quantized(self, model: nn.Module, given: Given) -> dict[str, Solved]:
         """Quantizes the weights that the layout can hold.
 
         Args:
@@ -122,24 +120,17 @@ class Marlin(Quantizer):
             )
         return {name: self._rounded(name, layer, None) for name, layer in layers.items()}
 
-    def install(
-        self, model: nn.Module, found: Mapping[str, Quantized], given: Given
-    ) -> nn.Module:
-        """Puts packed layers in the places of the quantized ones.
+    def pack(self, module: nn.Module, solved: Solved, given: Input | None) -> nn.Module:
+        """Makes the layer whose codes lie in Marlin's order.
 
         Args:
-            model: The model.
-            found: The quantized weights, by name.
-            given: Calibration batches, loss, generator.
+            module: The layer.
+            solved: Its quantized weight.
+            given: Nothing: inputs are not rounded.
 
         Returns:
-            The model.
+            The layer.
         """
-        layers = matrices(model, self.layers)
-        made = {
-            name.rpartition(".")[0]: MarlinLinear.from_quantized(
-                layers[name], one, engine=self.engine
-            )
-            for name, one in found.items()
-        }
-        return replace(model, dict(made)) if made else model
+        assert isinstance(module, nn.Linear)
+        assert isinstance(solved, Quantized)
+        return MarlinLinear.from_quantized(module, solved, engine=self.engine)
