@@ -34,6 +34,7 @@ from supple.layers.packed import PackedConv2d, PackedLinear
 from supple.layers.quantized_input import QuantizedInput
 from supple.observers import RANGES
 from supple.quantize._half_quadratic import half_quadratic
+from supple.quantize._solvers import Order, gptq
 from supple.rebuild import replace
 from supple.transforms import Given, ModelTransform
 from supple.weights import as_matrix, from_matrix, matrices
@@ -50,7 +51,7 @@ __all__ = [
     "rounded_input",
 ]
 
-Solver = Literal["nearest", "half_quadratic"]
+Solver = Literal["nearest", "half_quadratic", "gptq"]
 Input = tuple[QuantSpec, tuple[Tensor, Tensor | None] | None]
 """How a layer's input is rounded, and a scale and zero point for all inputs, or None."""
 
@@ -320,16 +321,22 @@ def _packed(module: nn.Module, quantized: Quantized, given: Input | None) -> nn.
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(Quantizer):
-    """Rounds weights without looking at data: see `baseline`.
+    """Rounds weights in a published way: see `baseline`.
 
     Args:
         observer: How the range of a scale is chosen: a name of `supple.observers.RANGES`.
-        solver: `"nearest"`, or `"half_quadratic"`, which moves the zero points (they are then
-            fractions, held in float16).
+        solver: `"nearest"`; `"half_quadratic"`, which moves the zero points (they are then
+            fractions, held in float16); or `"gptq"`, which rounds column by column and lets
+            those to come make up for the error, and needs calibration data.
+        order: Of `"gptq"`: columns as they come, `"none"`, or those first whose inputs are
+            largest, `"activation"`.
+        damp: Of `"gptq"`: share of the mean of the Hessian's diagonal that is added to it.
     """
 
     observer: str = "minmax"
     solver: Solver = "nearest"
+    order: Order = "none"
+    damp: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,19 +352,40 @@ class Weights(Quantizer):
             )
         if self.solver == "half_quadratic" and self.symmetric:
             raise SettingError("solver='half_quadratic' moves zero points: set symmetric=False")
+        if self.order not in get_args(Order):
+            raise SettingError(
+                f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}"
+                f"{nearest(str(self.order), get_args(Order))}"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Calibration data, where inputs are looked at."""
+        return ("calibration",) if self.want else ()
+
+    @property
+    def want(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Products of inputs, where the solver needs them."""
+        return ("gram",) if self.solver == "gptq" and self.rounds_weights else ()
 
     def spec(self) -> QuantSpec:
         """Gives the spec, with zero points in float16 where they move."""
         spec = super().spec()
-        if self.solver == "nearest":
+        if self.solver != "half_quadratic":
             return spec
         return QuantSpec(**{**spec.settings(), "zero_format": "fp16"})
 
     def solve(self, matrix: Tensor, spec: QuantSpec, seen: LayerStatistics | None) -> Quantized:
-        """Rounds to the nearest values within the chosen range."""
+        """Rounds within the chosen range."""
         if self.solver == "half_quadratic":
             return half_quadratic(matrix, spec)
-        return quantize(matrix, spec, observer=RANGES[self.observer])
+        observer = RANGES[self.observer]
+        if self.solver == "gptq":
+            assert seen is not None
+            return gptq(
+                matrix, seen.gram, spec, damp=self.damp, order=self.order, observer=observer
+            )
+        return quantize(matrix, spec, observer=observer)
 
 
 BASELINES: Mapping[str, Mapping[str, Any]] = {
@@ -365,6 +393,7 @@ BASELINES: Mapping[str, Mapping[str, Any]] = {
     "rtn-asymmetric": {"symmetric": False},
     "rtn-mse": {"observer": "mse"},
     "hqq": {"solver": "half_quadratic", "symmetric": False, "group_size": 64},
+    "gptq": {"solver": "gptq", "symmetric": False},
     "nf4": {"format": "nf4", "group_size": 64, "scale_format": "fp32"},
     "fp4": {"format": "e2m1", "group_size": 128},
     "mxfp4": {"format": "e2m1", "group_size": 32, "scale_format": "e8m0"},

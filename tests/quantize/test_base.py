@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from supple.calibrate import statistics
 from supple.errors import SettingError
 from supple.formats import QuantSpec, fake_quantize, quantize
 from supple.observers import least_error
 from supple.quantize._half_quadratic import half_quadratic
+from supple.quantize._solvers import gptq, output_error
 from supple.quantize.base import BASELINES, Quantizer, Weights, baseline, bits_per_weight
 from supple.testing.toys import generator, mlp
 from supple.transforms import Given
@@ -26,11 +28,17 @@ def normal(*shape: int) -> torch.Tensor:
 def test_baselines_are_what_their_settings_say(name: str) -> None:
     settings = BASELINES[name]
     model = nn.Sequential(nn.Linear(128, 5), nn.Conv2d(6, 4, 3, groups=2))
-    small = baseline(name).apply(model)
+    x = normal(17, 128)
+    calibration = [(x,)] if baseline(name).needs else None
+    small = baseline(name, layers="0" if calibration else "*").apply(
+        model[:1] if calibration else model, calibration=calibration
+    )
     spec = baseline(name).spec()
-    for before, after in zip(model, small, strict=True):
+    for before, after in zip(model, small, strict=False):
         matrix = before.weight.detach().flatten(1)
-        if settings.get("solver"):
+        if settings.get("solver") == "gptq":
+            expected = gptq(matrix, x.T @ x, spec).dequantize()
+        elif settings.get("solver"):
             expected = half_quadratic(matrix, spec).dequantize()
         else:
             observer = least_error if settings.get("observer") == "mse" else None
@@ -48,6 +56,24 @@ def test_moved_zero_points_make_the_mean_error_smaller() -> None:
     assert torch.equal(moved.scale, plain.scale)
     errors = [(one.dequantize() - weight).abs().mean() for one in (plain, moved)]
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_gptq_sees_the_inputs_of_layers_and_of_groups() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 5))
+    batches = [(normal(7, 6, 4, 4).cumsum(2),), (normal(5, 6, 4, 4),)]
+    seen = statistics(model, batches, ("gram",))["0.weight"].gram
+    errors = [
+        output_error(
+            one.apply(model, calibration=batches)[0].weight.flatten(1)
+            - model[0].weight.flatten(1),
+            seen,
+        )
+        for one in (baseline("gptq", bits=3), baseline("rtn-asymmetric", bits=3))
+    ]
+    assert errors[0] < 0.8 * errors[1]
+    with pytest.raises(SettingError, match="Weights needs calibration"):
+        baseline("gptq").apply(model)
+    assert torch.equal(baseline("gptq", bits=16).apply(model)[2].weight, model[2].weight)
 
 
 def test_what_is_quantized_tells_its_size() -> None:
@@ -122,6 +148,10 @@ def test_settings_that_can_not_be_used_say_so() -> None:
         ({"scale_format": "fp17"}, "scale_format must be one of .* did you mean 'fp1"),
         ({"observer": "mze"}, "no observer 'mze', did you mean 'mse'"),
         ({"solver": "gptqq"}, "solver must be one of nearest"),
+        (
+            {"order": "activations"},
+            "order must be one of none, activation, .* mean 'activation'",
+        ),
         ({"solver": "half_quadratic"}, "set symmetric=False"),
     ):
         with pytest.raises(SettingError, match=match):
