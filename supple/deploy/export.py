@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from supple.cost.count import inference, run_forward
 from supple.cost.measure import with_batch
+from supple.deploy.onnx_layers import input_steps, onnx_layers
 from supple.errors import ExportError, SettingError, SuppleError, import_extra, nearest
 from supple.files import replacing
 from supple.quantity import show
@@ -38,6 +40,9 @@ TOLERANCES = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
+# Where layers round their inputs, a sum in another order, or a bias that ONNX Runtime rounds to
+# a whole number, gives another number here and there, a step away.
+ROUNDING_TOLERANCE = 5e-2
 _ONNX_LIMIT = 2**31 - 2**20  # a protobuf message ends at 2 GiB
 
 
@@ -55,9 +60,10 @@ def export(
     The ending of the path chooses the format: `.onnx` (run by ONNX Runtime), `.pt2`
     (`torch.export`) or `.xml` (OpenVINO; the weights lie beside it in a `.bin` file, and the
     check asks for full precision, where OpenVINO would choose bfloat16 on some CPUs). The
-    network is exported in eval mode; of what it returns, only tensors are (a key-value cache,
-    say, is left out). The file appears at `path` only if the outputs agree; otherwise whatever
-    was there stays.
+    network is exported in eval mode, layers that hold codes in ONNX and OpenVINO by operators
+    that do so (see `supple.deploy.onnx_layers`); of what it returns, only tensors are (a
+    key-value cache, say, is left out). The file appears at `path` only if the outputs agree;
+    otherwise whatever was there stays.
 
     Args:
         module: The network, standalone; left as it was.
@@ -65,7 +71,8 @@ def export(
         args: Example inputs by position.
         kwargs: Example inputs by name.
         tolerance: Largest difference allowed in any output, over that output's largest
-            magnitude: 1e-4 by default, 1e-2 for half precision, 5e-2 for bfloat16.
+            magnitude: 1e-4 by default, 1e-2 for half precision, 5e-2 for bfloat16. Where
+            layers round their inputs to b bits, 5e-2 or, if more, two steps: 2 / (2^b - 1).
         dynamic_batch: Whether the first dimension of the inputs may vary; another size is then
             checked, too.
 
@@ -94,11 +101,13 @@ def export(
         raise SettingError(f"tolerance must be above 0, got {tolerance}")
     with inference(module), _placed(path) as temporary:
         outputs = run_forward(module, args, kwargs)
-        exported = module if _is_plain(outputs) else _TensorsOnly(module)
+        if tolerance is None and (steps := input_steps(module)):
+            tolerance = max(ROUNDING_TOLERANCE, 2 / steps)
         try:
-            with _quiet():
-                program = _program(exported, tuple(args), kwargs, dynamic_batch)
-                run = FORMATS[path.suffix](program, temporary)
+            with _quiet(), _operators(module, path.suffix) as (exported, codes):
+                plain = exported if _is_plain(outputs) else _TensorsOnly(exported)
+                program = _program(plain, tuple(args), kwargs, dynamic_batch)
+                run = FORMATS[path.suffix](program, temporary, codes)
                 found = run(args, kwargs)
         except (SuppleError, OSError):
             raise
@@ -114,22 +123,9 @@ def export(
 # ----------------------------------------------------------------------------- formats
 
 
-def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Runner:
+def _write_onnx(program: torch.export.ExportedProgram, file: Path, codes: bool) -> Runner:
     onnxruntime = import_extra("onnxruntime", "onnx")
-    import_extra("onnxscript", "onnx")
-    size = sum(tensor.nbytes for tensor in program.state_dict.values())
-    if size > _ONNX_LIMIT:
-        raise ExportError(
-            f"the network has {show(size, 'B')} of weights, too many for one .onnx file, which "
-            "ends at 2 GiB; export to .pt2"
-        )
-    written = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert written is not None
-    for node in written.model.graph.all_nodes():
-        # Notes about the source code: a third of a small file, with paths of this machine.
-        node.metadata_props.clear()
-        node.doc_string = None
-    written.save(str(file), external_data=False)
+    _save_onnx(program, file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -146,7 +142,24 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Runner:
     return run
 
 
-def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Runner:
+def _save_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
+    import_extra("onnxscript", "onnx")
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size > _ONNX_LIMIT:
+        raise ExportError(
+            f"the network has {show(size, 'B')} of weights, too many for one .onnx file, which "
+            "ends at 2 GiB; export to .pt2"
+        )
+    written = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert written is not None
+    for node in written.model.graph.all_nodes():
+        # Notes about the source code: a third of a small file, with paths of this machine.
+        node.metadata_props.clear()
+        node.doc_string = None
+    written.save(str(file), external_data=False)
+
+
+def _write_pt2(program: torch.export.ExportedProgram, file: Path, codes: bool) -> Runner:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
     written = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
@@ -156,11 +169,19 @@ def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Runner:
     return lambda args, kwargs: _flat(loaded(*args, **kwargs))
 
 
-def _write_openvino(program: torch.export.ExportedProgram, file: Path) -> Runner:
+def _write_openvino(program: torch.export.ExportedProgram, file: Path, codes: bool) -> Runner:
     openvino = import_extra("openvino", "openvino")
-    model = openvino.convert_model(_without_empty_parts(program.run_decompositions()))
-    openvino.save_model(model, file, compress_to_fp16=False)
-    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    if codes:  # OpenVINO knows these operators from ONNX only
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            _save_onnx(program, Path(folder) / "network.onnx")
+            model = openvino.convert_model(Path(folder) / "network.onnx")
+            openvino.save_model(model, file, compress_to_fp16=False)
+    else:
+        model = openvino.convert_model(_in_other_words(program.run_decompositions()))
+        openvino.save_model(model, file, compress_to_fp16=False)
+    # By default it rounds to bfloat16, and inputs of layers that hold codes to 8 bits.
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = openvino.Core().compile_model(file, "CPU", exact)
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
         found = compiled(_arrays(args, kwargs)).values()
@@ -169,20 +190,35 @@ def _write_openvino(program: torch.export.ExportedProgram, file: Path) -> Runner
     return run
 
 
-def _without_empty_parts(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Drops tensors of shape (0,) from concatenations, which PyTorch ignores anyway."""
+def _in_other_words(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Says what OpenVINO does not know in operators that it does.
+
+    Tensors of shape (0,) are dropped from concatenations, where PyTorch ignores them anyway.
+    """
     for node in program.graph.nodes:
+        if node.target is torch.ops.aten.exp2.default:
+            node.target, node.args = torch.ops.aten.pow.Scalar, (2.0, *node.args)
         if node.target is torch.ops.aten.cat.default:
             kept = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
             node.args = (kept, *node.args[1:])
     return program
 
 
-FORMATS: dict[str, Callable[[torch.export.ExportedProgram, Path], Runner]] = {
+FORMATS: dict[str, Callable[[torch.export.ExportedProgram, Path, bool], Runner]] = {
     ".onnx": _write_onnx,
     ".pt2": _write_pt2,
     ".xml": _write_openvino,
 }
+
+
+@contextlib.contextmanager
+def _operators(module: nn.Module, suffix: str) -> Iterator[tuple[nn.Module, bool]]:
+    """Gives what to export, and whether operators of ONNX stand in for layers of codes."""
+    if suffix == ".pt2":
+        yield module, False
+        return
+    with onnx_layers(module) as (exported, count):
+        yield exported, count > 0
 
 
 def _program(

@@ -142,8 +142,8 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
     (tmp_path / f"net{suffix}").write_text("old")
     write = room.FORMATS[suffix]
 
-    def wrong(program, file):
-        run = write(program, file)
+    def wrong(program, file, codes):
+        run = write(program, file, codes)
         return lambda args, kwargs: [out * 1.001 for out in run(args, kwargs)]
 
     monkeypatch.setitem(room.FORMATS, suffix, wrong)
@@ -156,8 +156,8 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
 def test_a_wider_tolerance_lets_a_difference_pass(tmp_path, monkeypatch):
     write = room.FORMATS[".pt2"]
 
-    def wrong(program, file):
-        run = write(program, file)
+    def wrong(program, file, codes):
+        run = write(program, file, codes)
         return lambda args, kwargs: [out * 1.001 for out in run(args, kwargs)]
 
     monkeypatch.setitem(room.FORMATS, ".pt2", wrong)
