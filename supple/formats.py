@@ -27,6 +27,7 @@ from torch import Tensor
 from supple.errors import SettingError, nearest
 
 __all__ = [
+    "SHIFTS",
     "Codebook",
     "Float",
     "Granularity",
@@ -42,7 +43,9 @@ __all__ = [
 ]
 
 Granularity = Literal["tensor", "channel", "token", "group"]
-ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "int8", "int4"]
+ScaleFormat = Literal[
+    "fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "int8", "int4", "shift4"
+]
 ZeroFormat = Literal["code", "fp32", "fp16"]
 Range = Callable[[Tensor, "QuantSpec"], tuple[Tensor, Tensor]]
 """Gives the range of (..., n) numbers over their last dimension: least and most, (...)."""
@@ -57,6 +60,7 @@ _SCALE_BITS = {
     "e8m0-up": 8,
     "int8": 8,
     "int4": 4,
+    "shift4": 4,
 }
 _SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -494,6 +498,9 @@ _NF4 = (
 )
 """NF4: quantiles of the normal distribution, with an exact zero (arXiv:2305.14314)."""
 
+SHIFTS = Codebook(tuple(2.0**shift for shift in range(-14, 1)))
+"""What scales of the format `shift4` are multiples of their row's largest by."""
+
 
 def number_format(text: str | NumberFormat) -> NumberFormat:
     """Gives the format of a name.
@@ -561,7 +568,8 @@ class QuantSpec:
         scale_format: `"fp32"`, `"fp16"`, `"bf16"`; `"e8m0"`, powers of two chosen as the
             Microscaling formats do (the largest values may be clipped), `"e8m0-up"`, those not
             below the scale; `"e4m3"` with one float32 factor for the tensor; `"int8"`,
-            `"int4"`, whole numbers from 1 with a float32 factor for each row.
+            `"int4"`, whole numbers from 1 with a float32 factor for each row; `"shift4"`, the
+            row's largest scale, in float32, over a power of two up to 2^14, rounded up.
         zero_format: `"code"` for whole zero points within the codes, which make zero exact, or
             `"fp32"` or `"fp16"`.
 
@@ -667,7 +675,7 @@ class QuantSpec:
             bits += rows * groups * each
         if self.scale_format == "e4m3":
             bits += 32
-        elif self.scale_format in ("int8", "int4"):
+        elif self.scale_format in ("int8", "int4", "shift4"):
             bits += 32 * rows
         if isinstance(self.format, Codebook) and self.format.name != "nf4":
             bits += 32 * len(self.format.entries)
@@ -812,7 +820,8 @@ class QuantSpec:
         """Takes scales that are held relative to a factor apart.
 
         Args:
-            scale: Shape (rows, groups), above 0; of scale format `e4m3`, `int8` or `int4`.
+            scale: Shape (rows, groups), above 0; of scale format `e4m3`, `int8`, `int4` or
+                `shift4`.
 
         Returns:
             Values that the scale format has, (rows, groups), and the factors: (1, 1) for
@@ -822,6 +831,11 @@ class QuantSpec:
             form: NumberFormat = Float(4, 3)
             factor = scale.amax().reshape(1, 1) / form.most
             smallest = 2.0**-9
+        elif self.scale_format == "shift4":
+            factor = scale.amax(1, keepdim=True)
+            # With 1/2 <= m < 1 a ratio of m 2^e lies between 2^(e-1) and 2^e.
+            shift = (torch.frexp(factor / scale).exponent - 1).clamp(0, 14)
+            return torch.exp2(-shift.float()), factor
         else:
             form = Int(_SCALE_BITS[self.scale_format], symmetric=False)
             factor, smallest = scale.amax(1, keepdim=True) / form.most, 1.0

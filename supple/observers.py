@@ -118,7 +118,7 @@ def least_error(
         and power these are.
     """
     # Scales that are held relative to all others can't be judged one by one.
-    if spec.scale_format in ("e4m3", "int8", "int4"):
+    if spec.scale_format in ("e4m3", "int8", "int4", "shift4"):
         spec = dataclasses.replace(spec, scale_format="fp32")
     least, most = minmax(values, spec)
     best = torch.full_like(least, torch.inf)

@@ -28,6 +28,8 @@ FORMATS = [
     "int8-narrow",
     "uint3",
     "int12",
+    "midrise1",
+    "midrise3",
     "e2m1",
     "e3m0",
     "e2m3",
@@ -127,7 +129,9 @@ def test_zero_points_make_zero_exact() -> None:
         assert (fake_quantize(torch.zeros_like(x), spec, found.scale, found.zero) == 0).all()
 
 
-@pytest.mark.parametrize("held", ["fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "int4"])
+@pytest.mark.parametrize(
+    "held", ["fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "int4", "shift4"]
+)
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e30])
 def test_zeros_and_extremes_stay_finite(held, value) -> None:  # type: ignore[no-untyped-def]
     x = torch.zeros(3, 7)
@@ -162,6 +166,22 @@ def test_scales_of_few_bits_come_apart_without_loss() -> None:
         assert torch.equal(
             levels, number_format("e4m3" if most > 400 else "uint8").round(levels)
         )
+
+
+def test_shifted_scales_are_the_rows_largest_over_a_power_of_two() -> None:
+    x = torch.tensor([[12.0, 6.0, 5.9, 3.0, 1.6, 0.0], [6e-5, 6.0, 6.0, 6.0, 6.0, 6.0]])
+    spec = QuantSpec("e2m1", "group", 1, scale_format="shift4")
+    scale, _ = spec.scales(x)
+    assert scale[0, :5].tolist() == [2.0, 1.0, 1.0, 0.5, 0.5]
+    assert scale[1].tolist() == [2.0**-14, *[1.0] * 5]
+    levels, factor = spec.scale_levels(scale)
+    assert torch.equal(levels * factor, scale)
+    assert factor.tolist() == [[2.0], [1.0]]
+    assert spec.total_bits(x.shape) == 12 * (4 + 4) + 2 * 32
+    # What four bits stand for then has an exact counterpart in eight, but for one factor.
+    eight = number_format("e4m3")
+    values = number_format("e2m1").levels[:, None] * 64 * 2.0 ** -torch.arange(14)
+    assert torch.equal(eight.round(values), values)
 
 
 def test_bits_count_everything() -> None:

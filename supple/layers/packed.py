@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from supple.errors import SettingError, UnsupportedModelError, nearest
 from supple.formats import (
+    SHIFTS,
     Float,
     Int,
     NumberFormat,
@@ -167,7 +168,12 @@ class _Scales:
     @property
     def levels(self) -> NumberFormat | None:
         """The format of scales that are held relative to a factor."""
-        found = {"e4m3": Float(4, 3), "int8": Int(8, False), "int4": Int(4, False)}
+        found: dict[str, NumberFormat] = {
+            "e4m3": Float(4, 3),
+            "int8": Int(8, False),
+            "int4": Int(4, False),
+            "shift4": SHIFTS,
+        }
         return found.get(self.spec.scale_format)
 
     def pack(self, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from supple.formats import Quantized, QuantSpec, Range, quantize
 __all__ = ["Order", "gptq", "inverse_factor", "output_error", "sweep"]
 
 Order = Literal["none", "activation"]
-_RELATIVE = ("e4m3", "int8", "int4")
+_RELATIVE = ("e4m3", "int8", "int4", "shift4")
 """Scales held relative to a factor of the whole row or tensor can't be found group by group."""
 
 

@@ -38,6 +38,7 @@ SPECS = [
     QuantSpec("e4m3", "tensor"),
     QuantSpec("nf4", "group", 64),
     QuantSpec("power4^0.5"),
+    QuantSpec("e2m1", "group", 16, scale_format="shift4"),
 ]
 WHOLE = [  # products of whole numbers: weights, inputs
     (QuantSpec("int8"), QuantSpec("int8", "token")),
