@@ -8,6 +8,7 @@ as an observer of `supple.calibrate.statistics` or by itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,19 @@ import torch
 from torch import Tensor
 
 from supple.errors import SettingError, nearest
-from supple.formats import QuantSpec, Range
+from supple.formats import NumberFormat, QuantSpec, Range
 
-__all__ = ["RANGES", "RangeObserver", "least_error", "mean_abs", "minmax", "percentile", "rms"]
+__all__ = [
+    "RANGES",
+    "RangeObserver",
+    "gaussian",
+    "least_error",
+    "mean_abs",
+    "minmax",
+    "percentile",
+    "rms",
+    "twice_mean",
+]
 
 _SAMPLES = 4096
 """Values of a batch that are kept by observers that have to see values again."""
@@ -93,6 +104,69 @@ def mean_abs(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return _within(values, 2 * values.abs().mean(-1) * spec.format.most**0.5)
 
 
+def twice_mean(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    r"""Gives a range with steps of $2\,\text{mean}|x| / n$, of $2n$ levels.
+
+    Args:
+        values: (..., n).
+        spec: What they are quantized to.
+
+    Returns:
+        Two tensors of shape (...).
+
+    Source:
+        Liu et al. 2023, "Oscillation-free Quantization for Low-bit Vision Transformers",
+        arXiv:2302.02210.
+    """
+    reach = values.abs().mean(-1) * (spec.format.most * 2 ** (2 - spec.bits))
+    return -reach, reach
+
+
+def gaussian(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Gives the range that rounds normally distributed numbers with the least squared error.
+
+    It is a multiple of the root mean square, and may reach beyond least and most.
+
+    Args:
+        values: (..., n), taken to have mean zero.
+        spec: What they are quantized to.
+
+    Returns:
+        Two tensors of shape (...).
+
+    Example:
+        >>> _, most = gaussian(torch.ones(1, 2), QuantSpec("midrise2"))
+        >>> round(most.item(), 3)
+        1.494
+
+    Source:
+        Panferov et al. 2025, "QuEST: Stable Training of LLMs with 1-Bit Weights and
+        Activations", arXiv:2502.05003.
+    """
+    reach = values.square().mean(-1).sqrt() * _normal_reach(spec.format)
+    return -reach, reach
+
+
+@functools.cache
+def _normal_reach(form: NumberFormat) -> float:
+    """The largest value that numbers of variance 1 are best mapped to, by golden section."""
+    values = form.levels.double() / form.most
+
+    def error(reach: float) -> float:
+        level = values * reach
+        ends = torch.cat((level[:1] - 99, (level[1:] + level[:-1]) / 2, level[-1:] + 99))
+        density = torch.exp(-ends.square() / 2) / (2 * torch.pi) ** 0.5
+        share, first = torch.special.ndtr(ends).diff(), -density.diff()
+        second = share - (ends * density).diff()
+        return float((second - 2 * level * first + level.square() * share).sum())
+
+    low, high, golden = 0.1, 9.0, (5**0.5 - 1) / 2
+    for _ in range(40):
+        one, other = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, other) if error(one) < error(other) else (one, high)
+    return (low + high) / 2
+
+
 def least_error(
     values: Tensor,
     spec: QuantSpec,
@@ -147,6 +221,8 @@ RANGES: Mapping[str, Range] = {
     "mse": least_error,
     "rms": rms,
     "mean_abs": mean_abs,
+    "twice_mean": twice_mean,
+    "gaussian": gaussian,
 }
 """Ways to choose a range, by name."""
 

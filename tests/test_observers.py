@@ -11,7 +11,16 @@ from torch import nn
 
 from supple.errors import SettingError
 from supple.formats import QuantSpec, fake_quantize
-from supple.observers import RANGES, RangeObserver, least_error, mean_abs, percentile, rms
+from supple.observers import (
+    RANGES,
+    RangeObserver,
+    gaussian,
+    least_error,
+    mean_abs,
+    percentile,
+    rms,
+    twice_mean,
+)
 from supple.testing.toys import generator
 
 SPEC = QuantSpec("int3", "group", 16)
@@ -27,6 +36,18 @@ def test_ranges_by_hand() -> None:
     torch.testing.assert_close(high, torch.tensor([3 * 3**0.5]))
     low, high = percentile(torch.arange(1001.0), SPEC, share=0.99)
     assert (low.item(), high.item()) == (10.0, 990.0)
+
+
+def test_ranges_by_statistics_may_go_beyond_the_largest() -> None:
+    values = torch.tensor([[1.0, -1.0, 1.0, -3.0]])
+    spec = QuantSpec("midrise2")
+    # Four levels, a step of twice the mean over two: 1.5 steps to the outermost.
+    assert twice_mean(values, spec)[1].item() == pytest.approx(1.5 * 2 * 1.5 / 2)
+    # What the authors of QuEST found for the normal distribution.
+    for bits, reach in ((1, 0.79788), (2, 1.49353), (3, 2.05107), (4, 2.51393)):
+        least, most = gaussian(values, QuantSpec(f"midrise{bits}"))
+        assert most.item() == pytest.approx(reach * 3**0.5, rel=1e-4)
+        assert least.item() == -most.item()
 
 
 def test_the_least_error_is_not_above_that_of_any_range() -> None:
