@@ -11,6 +11,7 @@ Published quantizers that others are measured against have names instead of clas
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -32,8 +33,15 @@ from supple.formats import (
 )
 from supple.layers.packed import PackedConv2d, PackedLinear
 from supple.layers.quantized_input import QuantizedInput
+from supple.layers.rotations import Rotation
 from supple.observers import RANGES
 from supple.quantize._half_quadratic import half_quadratic
+from supple.quantize._rotations import (
+    block_hadamards,
+    inner,
+    random_hadamards,
+    rotated,
+)
 from supple.quantize._solvers import Order, gptq
 from supple.rebuild import replace
 from supple.transforms import Given, ModelTransform
@@ -51,6 +59,7 @@ __all__ = [
     "rounded_input",
 ]
 
+Rotating = Literal["none", "blocks", "random"]
 Solver = Literal["nearest", "half_quadratic", "gptq"]
 Input = tuple[QuantSpec, tuple[Tensor, Tensor | None] | None]
 """How a layer's input is rounded, and a scale and zero point for all inputs, or None."""
@@ -165,6 +174,19 @@ class Quantizer(ModelTransform):
         """
         return quantize(matrix, spec)
 
+    def rotations(self, model: nn.Module, given: Given) -> Mapping[str, Rotation]:
+        """Says what the inputs of layers are mapped by before anything is rounded: nothing.
+
+        Args:
+            model: The model, as it was.
+            given: Calibration batches, loss, generator.
+
+        Returns:
+            Name of a weight to the map; see `supple.quantize._rotations`. It runs before the
+            input is rounded, and the weight that is quantized is the one that reads its output.
+        """
+        return {}
+
     def observers(self) -> Mapping[str, Callable[[], Observer]] | None:
         """Gives observers for fields of `want` that `supple.calibrate` has none for."""
         return None
@@ -179,7 +201,14 @@ class Quantizer(ModelTransform):
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:
         """Quantizes the weights, then puts the result into the model."""
-        return self.install(model, self.quantized(model, given), given)
+        turned = self.rotations(model, given)
+        if not turned:
+            return self.install(model, self.quantized(model, given), given)
+        names = [inner(one) if one in turned else one for one in matrices(model, self.layers)]
+        layers = ", ".join(name.rpartition(".")[0] for name in names)
+        within = dataclasses.replace(self, layers=layers)
+        model = rotated(model, turned)
+        return within.install(model, within.quantized(model, given), given)
 
     @torch.no_grad()
     def quantized(self, model: nn.Module, given: Given) -> Mapping[str, Solved]:
@@ -331,15 +360,24 @@ class Weights(Quantizer):
         order: Of `"gptq"`: columns as they come, `"none"`, or those first whose inputs are
             largest, `"activation"`.
         damp: Of `"gptq"`: share of the mean of the Hessian's diagonal that is added to it.
+        rotation: What the inputs of linear layers are rotated by: `"none"`; `"blocks"` of up
+            to 128 channels, each by a Hadamard matrix; or `"random"`, all channels by such a
+            matrix with random signs.
     """
 
     observer: str = "minmax"
     solver: Solver = "nearest"
     order: Order = "none"
     damp: float = 0.01
+    rotation: Rotating = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rotation not in get_args(Rotating):
+            raise SettingError(
+                f"rotation must be one of {', '.join(get_args(Rotating))}, got "
+                f"{self.rotation!r}{nearest(str(self.rotation), get_args(Rotating))}"
+            )
         if self.observer not in RANGES:
             raise SettingError(
                 f"there is no observer '{self.observer}'{nearest(self.observer, RANGES)} "
@@ -357,6 +395,15 @@ class Weights(Quantizer):
                 f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}"
                 f"{nearest(str(self.order), get_args(Order))}"
             )
+
+    def rotations(self, model: nn.Module, given: Given) -> Mapping[str, Rotation]:
+        """Gives Hadamard rotations of all linear layers, where these are asked for."""
+        nothing = not self.rounds_weights and (self.activations or MOST_BITS) >= MOST_BITS
+        if self.rotation == "none" or nothing:
+            return {}
+        if self.rotation == "blocks":
+            return block_hadamards(model, self.layers)
+        return random_hadamards(model, given.random, self.layers)
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -399,6 +446,7 @@ BASELINES: Mapping[str, Mapping[str, Any]] = {
     "mxfp4": {"format": "e2m1", "group_size": 32, "scale_format": "e8m0"},
     "nvfp4": {"format": "e2m1", "group_size": 16, "scale_format": "e4m3"},
     "fp8": {"format": "e4m3", "bits": 8},
+    "quarot": {"rotation": "random", "activations": 4},
 }
 """Settings of `Weights` by the name of a published quantizer."""
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from supple.errors import UnsupportedModelError
+from supple.errors import SettingError, UnsupportedModelError
+from supple.formats import fake_quantize
+from supple.layers.packed import PackedLinear
 from supple.layers.rotated_input import RotatedInput
 from supple.layers.rotations import BlockHadamard, KroneckerAffine
 from supple.quantize._rotations import (
@@ -20,6 +22,7 @@ from supple.quantize._rotations import (
     rotated,
     rotations,
 )
+from supple.quantize.base import baseline
 from supple.testing.toys import generator
 from supple.weights import matrices
 
@@ -93,3 +96,42 @@ def test_a_model_that_is_one_layer_is_wrapped() -> None:
     wrapped = rotated(model, block_hadamards(model))
     assert isinstance(wrapped, RotatedInput)
     torch.testing.assert_close(wrapped(x), before)
+
+
+def test_the_baseline_rounds_rotated_weights_and_inputs() -> None:
+    model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Conv1d(6, 2, 1))
+    small = baseline("quarot", layers="0").apply(model, generator=generator(5))
+    turned = random_hadamards(model, generator(5), "0")["0.weight"]
+    layer = small[0]
+    assert isinstance(layer, RotatedInput)
+    assert isinstance(layer.layer, PackedLinear)
+    spec = baseline("quarot").spec()
+    expected = fake_quantize(turned(model[0].weight.detach()), spec)
+    torch.testing.assert_close(layer.layer.dense_weight(), expected)
+    x = torch.randn(3, 12, generator=generator())
+    wanted = fake_quantize(turned(x), layer.layer.input) @ expected.T + model[0].bias
+    torch.testing.assert_close(layer(x), wanted)
+    assert torch.equal(small[2].weight, model[2].weight)
+
+
+def test_rotations_make_up_for_spikes() -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    x = torch.randn(50, 64, generator=generator())
+    with torch.no_grad():
+        model[0].weight.normal_(generator=generator(1))
+        model[0].weight[:, 3] *= 20
+        x[:, 7] *= 20
+        lost = {
+            rotation: (baseline("quarot", rotation=rotation).apply(model)(x) - model(x)).norm()
+            for rotation in ("none", "blocks", "random")
+        }
+    assert lost["blocks"] < 0.5 * lost["none"]
+    assert lost["random"] < 0.5 * lost["none"]
+
+
+def test_sixteen_bits_are_not_rotated() -> None:
+    model = nn.Sequential(nn.Linear(8, 2))
+    method = baseline("quarot", bits=16, activations=16)
+    assert type(method.apply(model)[0]) is nn.Linear
+    with pytest.raises(SettingError, match="rotation must be one of none, blocks, random"):
+        baseline("quarot", rotation="round")
