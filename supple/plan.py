@@ -20,6 +20,7 @@ from supple.axes.base import (
     InputTransform,
     Patch,
     Reshaped,
+    RoundedInput,
     Transform,
     parameters_of,
     without_added,
@@ -213,6 +214,11 @@ def _above(name: str) -> tuple[str, ...]:
     return tuple(".".join(parts[:count]) for count in range(len(parts) + 1))
 
 
+def _above_last(name: str) -> str:
+    """Path of the module that has the tensor of this name."""
+    return name.rpartition(".")[0]
+
+
 def _running_names(modules: Mapping[str, nn.Module]) -> frozenset[str]:
     """Buffers that hold running statistics of normalization layers."""
     return frozenset(
@@ -267,6 +273,8 @@ class Plan:
             or patch.inputs
             or patch.downstream
             or patch.weights
+            or patch.rounded
+            or patch.rounded_inputs
         )
         self._running, self._changed = self._changing_places()
         self._buffers = [p for p in (*self._running, *self._changed) if p.store == "_buffers"]
@@ -288,17 +296,31 @@ class Plan:
                 running.append(place)
             elif any(
                 place.owner in changes
-                for changes in (self._slices, self._patch.tensors, self._patch.weights)
+                for changes in (
+                    self._slices,
+                    self._patch.tensors,
+                    self._patch.weights,
+                    self._patch.rounded,
+                )
             ):
                 changed.append(place)
         return running, changed
 
     def sliced(self, name: str, tensor: Tensor) -> Tensor:
-        """The sub-network's value of the tensor called `name`."""
+        """The sub-network's value of the tensor called `name`, before it is rounded."""
         tensor = self._transformed(self._patch.weights.get(name), tensor)
         if name in self._slices:
             tensor = self._slices[name](tensor)
         return self._transformed(self._patch.tensors.get(name), tensor)
+
+    def _shown(self, name: str, tensor: Tensor) -> Tensor:
+        """The value that modules see."""
+        value = self.sliced(name, tensor)
+        rounded = self._patch.rounded.get(name)
+        return value if rounded is None else rounded(value, *self._values(rounded.parameters))
+
+    def _values(self, names: Iterable[str]) -> tuple[Tensor, ...]:
+        return tuple(map(self._parameter, names))
 
     def _transformed(self, change: Transform | None, tensor: Tensor) -> Tensor:
         if change is None:
@@ -331,6 +353,10 @@ class Plan:
                     module = placed[path]
                     assert module is not None
                     undo.put(vars(module), "forward", _changed(module.forward, change))
+                for path, rounded in self._patch.rounded_inputs.items():
+                    values = self._values(rounded.parameters)
+                    layer = placed[path]
+                    undo.put(vars(layer), "forward", _rounding(layer.forward, rounded, values))
                 self._separate_compiled_code(undo)
                 undo.put(vars(self._model), "__deepcopy__", self._copied_whole(undo))
             yield undo
@@ -378,7 +404,7 @@ class Plan:
             for place in self._changed:
                 value = made.get(place.owner)
                 if value is None:
-                    value = _compact(self.sliced(place.owner, gathered(place.tensor)))
+                    value = _compact(self._shown(place.owner, gathered(place.tensor)))
                     made[place.owner] = value
                 undo.put(vars(place.module), place.attribute, value)
         self._shadow_lists(undo)
@@ -484,7 +510,36 @@ class Plan:
             setattr(modules[parent], name, own)
         for module in model.modules():
             describe(module)
+        model = self._packed(model, modules)
         return with_changed_inputs(model, modules, self._patch)
+
+    @torch.no_grad()
+    def _packed(self, model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
+        """Puts layers that hold codes, and that round their inputs, in place of layers."""
+        for path in dict.fromkeys((*map(_above_last, self._patch.rounded), *self._inputs)):
+            weight = self._patch.rounded.get(f"{path}.weight".lstrip("."))
+            rounded = self._inputs.get(path)
+            given = None
+            if rounded is not None:
+                given = rounded, self._values(rounded.parameters)
+            if weight is not None:
+                values = self._values(weight.parameters)
+                layer = weight.packed(modules[path], *values, given=given)
+            else:
+                assert given is not None
+                layer = given[0].packed(modules[path], *given[1])
+            if modules[path] is model:
+                model = layer
+            for parent in model.modules():
+                for name, child in parent._modules.items():
+                    if child is modules[path] and parent is not layer:
+                        parent._modules[name] = layer
+            modules[path] = layer
+        return model
+
+    @property
+    def _inputs(self) -> Mapping[str, RoundedInput]:
+        return self._patch.rounded_inputs
 
     def _cut_blocks(self, modules: dict[str, nn.Module], undo: Shadows) -> None:
         for container, keep in self._kept.items():
@@ -524,6 +579,15 @@ def _changed(forward: Callable[..., Any], change: InputTransform) -> Callable[..
         return forward(*args, **kwargs)
 
     return changed
+
+
+def _rounding(
+    forward: Callable[..., Any], rounded: RoundedInput, values: tuple[Tensor, ...]
+) -> Callable[..., Any]:
+    def seeing(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(rounded(x, *values), *args, **kwargs)
+
+    return seeing
 
 
 _ABSENT = object()

@@ -160,10 +160,37 @@ def noted(net: Elastic, config: Config, module: nn.Module) -> nn.Module:
         `generate` needs a larger count (see `Counts.without`).
     """
     rebuild.note_extraction(net, config, module)
-    dropped = net.patch(config).dropped
+    patch = net.patch(config)
+    if patch.rounded or patch.rounded_inputs:
+        _note_packed(net, module)
+    dropped = patch.dropped
     if dropped and net.counts().exceed(dropped):
         return module
     return fitted(net, config, module)
+
+
+def _note_packed(net: Elastic, module: nn.Module) -> None:
+    """Adds to an extracted network's provenance which layers were put in others' places."""
+    provenance = vars(module)["supple_provenance"]
+    before = rebuild.follow(rebuild.structure_of(net.module), provenance["steps"][-1:])
+    was = {path: type(part) for path, part in before.named_modules()}
+    placed: dict[str, nn.Module] = {}
+    for path, part in module.named_modules():
+        inside = any(path.startswith(f"{other}.") or not other for other in placed)
+        if not inside and was.get(path) is not type(part):
+            placed[path] = part
+            taken_in = getattr(part, "layer", None)
+            if isinstance(taken_in, nn.Module) and type(taken_in) is was.get(path):
+                before = _with(before, path, taken_in)
+    step = vars(rebuild.note_layers(before, placed))["supple_provenance"]["steps"][-1]
+    provenance["steps"].append(step)
+
+
+def _with(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    if not path:
+        return module
+    model.set_submodule(path, module)
+    return model
 
 
 # --- writing ----------------------------------------------------------------------------------

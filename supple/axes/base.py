@@ -36,6 +36,8 @@ __all__ = [
     "Learned",
     "Patch",
     "Reshaped",
+    "RoundedInput",
+    "RoundedWeight",
     "Sharing",
     "added",
     "below",
@@ -92,6 +94,62 @@ class Learned:
         return self.change(tensor, *values)
 
 
+class RoundedInput(ABC):
+    """What a layer is given, rounded to numbers of few bits.
+
+    Attributes:
+        parameters: Names of parameters that say how, in the order of `values`.
+    """
+
+    parameters: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(self, x: Tensor, *values: Tensor) -> Tensor:
+        """Rounds, differentiably; shape and type stay."""
+
+    @abstractmethod
+    def packed(self, layer: nn.Module, *values: Tensor) -> nn.Module:
+        """Gives a layer that rounds its input, with this one inside."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that a file holds for it."""
+
+
+class RoundedWeight(ABC):
+    """A layer's weight, rounded to numbers of few bits.
+
+    Attributes:
+        parameters: Names of parameters that say how, in the order of `values`.
+    """
+
+    parameters: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, *values: Tensor) -> Tensor:
+        """Rounds, differentiably; shape and type stay."""
+
+    @abstractmethod
+    def packed(
+        self,
+        layer: nn.Module,
+        *values: Tensor,
+        given: tuple[RoundedInput, tuple[Tensor, ...]] | None = None,
+    ) -> nn.Module:
+        """Gives a layer that holds codes in the place of this one, whose weight is as it was.
+
+        Args:
+            layer: The layer.
+            *values: Of `parameters`.
+            given: How its input is rounded, with the values that this takes, if it is.
+        """
+
+    @abstractmethod
+    def nbytes(self, shape: Sequence[Any]) -> Any:
+        """Bytes of codes and scales of a weight whose sizes are numbers, or arrays of such."""
+
+
 @dataclass(frozen=True)
 class Patch:
     """What a choice changes in a network.
@@ -113,6 +171,9 @@ class Patch:
             pixels); with `inputs` they always may.
         weights: For a parameter name, a differentiable transform of its whole value, before
             anything is sliced (`Sharing`).
+        rounded: For the name of a layer's weight, how it is rounded, after everything else;
+            what is extracted has a layer that holds codes in the layer's place.
+        rounded_inputs: For a layer's path, how what it is given is rounded.
     """
 
     sizes: Mapping[Atom, int] = field(default_factory=dict)
@@ -124,6 +185,8 @@ class Patch:
     resized: Mapping[Atom, int] = field(default_factory=dict)
     downstream: bool = False
     weights: Mapping[str, Transform] = field(default_factory=dict)
+    rounded: Mapping[str, RoundedWeight] = field(default_factory=dict)
+    rounded_inputs: Mapping[str, RoundedInput] = field(default_factory=dict)
 
     @property
     def structural(self) -> bool:
@@ -162,6 +225,8 @@ def merge(patches: Iterable[Patch]) -> Patch:
     inputs: dict[str, InputTransform] = {}
     downstream = False
     weights: dict[str, Transform] = {}
+    rounded: dict[str, RoundedWeight] = {}
+    rounded_inputs: dict[str, RoundedInput] = {}
     for patch in patches:
         sizes.update(patch.sizes)
         resized.update(patch.resized)
@@ -175,6 +240,8 @@ def merge(patches: Iterable[Patch]) -> Patch:
         for path, change in patch.inputs.items():
             inputs[path] = _both(inputs[path], change) if path in inputs else change
         downstream = downstream or patch.downstream
+        rounded.update(patch.rounded)
+        rounded_inputs.update(patch.rounded_inputs)
     return Patch(
         sizes=sizes,
         tensors=tensors,
@@ -185,6 +252,8 @@ def merge(patches: Iterable[Patch]) -> Patch:
         resized=resized,
         downstream=downstream,
         weights=weights,
+        rounded=rounded,
+        rounded_inputs=rounded_inputs,
     )
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import product as combinations
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supple.axes.base import added, below, merge
+from supple.axes.base import RoundedInput, RoundedWeight, added, below, merge
 from supple.cost.products import macs_of
 from supple.errors import SettingError
 from supple.graph.couple import propagate
@@ -40,6 +40,8 @@ _LARGEST_TABLE = 4096
 _CHUNK = 16384
 _NEVER = np.zeros(1, dtype=np.int64)
 
+_Kind = TypeVar("_Kind")
+_Choices = tuple[int, list[_Kind | None]]
 Columns = tuple[int, ...]
 Tables = dict[Columns, np.ndarray]
 
@@ -131,7 +133,11 @@ class ClosedCosts:
             total += table.reshape(-1).take(index)
         return total
 
-    def _add(self, tables: Tables, term: Term) -> None:
+    def _add(self, tables: Tables, term: Term | Table) -> None:
+        if isinstance(term, Table):
+            known = tables.get(term.sites)
+            tables[term.sites] = term.values if known is None else known + term.values
+            return
         sites = tuple(sorted(term.factors))
         shape = tuple(self._counts[s] for s in sites)
         value = np.full(shape, term.coefficient, dtype=np.int64)
@@ -170,6 +176,19 @@ class Term:
 
     coefficient: int
     factors: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A number for every combination of choices of some sites.
+
+    Args:
+        sites: Their columns, ascending.
+        values: Shape (choices of the first, choices of the second, ...).
+    """
+
+    sites: Columns
+    values: np.ndarray
 
 
 # --- the recorded runs that together cover every choice ---------------------------------------
@@ -255,6 +274,7 @@ class Run:
         self.recording, self._p = self._record()
         self._sizes = self._atom_sizes()
         self._blocks = self._block_masks()
+        self._rounded, self._rounded_inputs = self._roundings()
         self._blocks_memo: dict[str, dict[int, np.ndarray]] = {}
 
     def _record(self) -> tuple[Recording, Propagation]:
@@ -308,6 +328,20 @@ class Run:
                 masks[block].append((column, kept))
         return masks
 
+    def _roundings(
+        self,
+    ) -> tuple[dict[str, _Choices[RoundedWeight]], dict[str, _Choices[RoundedInput]]]:
+        """For weights and layers whose inputs are rounded: the column, and how by choice."""
+        weights: dict[str, _Choices[RoundedWeight]] = {}
+        inputs: dict[str, _Choices[RoundedInput]] = {}
+        for column, site in enumerate(self._net.space.sites):
+            patches = [self._net.patch_of(site.name, choice) for choice in site.choices]
+            for name in {name for patch in patches for name in patch.rounded}:
+                weights[name] = column, [patch.rounded.get(name) for patch in patches]
+            for path in {path for patch in patches for path in patch.rounded_inputs}:
+                inputs[path] = column, [patch.rounded_inputs.get(path) for patch in patches]
+        return weights, inputs
+
     def gate(self, path: str) -> dict[int, np.ndarray] | None:
         """For which choices something at a module path exists; None: never in this run."""
         if path not in self._blocks_memo:
@@ -355,7 +389,7 @@ class Run:
 
     # --- sums --------------------------------------------------------------------------------
 
-    def sums(self) -> dict[str, list[Term]]:
+    def sums(self) -> Mapping[str, Sequence[Term | Table]]:
         """Terms of `params`, `macs` and `weight_bytes`."""
         macs = [term for call in self.recording.calls for term in self._macs(call)]
         params, weights = self._tensors()
@@ -366,9 +400,9 @@ class Run:
         dims = macs_of(call, self._p.of)
         return [] if gates is None or dims is None else self.terms(*dims, gates)
 
-    def _tensors(self) -> tuple[list[Term], list[Term]]:
+    def _tensors(self) -> tuple[list[Term], list[Term | Table]]:
         params: list[Term] = []
-        weights: list[Term] = []
+        weights: list[Term | Table] = self._input_bytes()
         parameters = dict(self._net.module.named_parameters())
         saved = set(self._net.module.state_dict())
         aliases: dict[str, list[str]] = defaultdict(list)
@@ -379,6 +413,12 @@ class Run:
             if gates is None or added(name):
                 continue
             dims = self._p.dims[ref.id]
+            if name in self._rounded:
+                column, each = self._rounded[name]
+                as_it_is = np.array([one is None for one in each], dtype=np.int64)
+                params.extend(self.terms(dims, 1, _times(gates, {column: as_it_is})))
+                weights.append(self._packed_bytes(name, dims, ref.dtype.itemsize, gates))
+                continue
             if name in parameters:
                 params.extend(self.terms(dims, 1, gates))
             if not saved.isdisjoint(aliases[name]):
@@ -391,6 +431,53 @@ class Run:
                 kept = module.state_dict().values()
                 weights.append(Term(sum(t.numel() * t.element_size() for t in kept), gates))
         return params, weights
+
+    def _input_bytes(self) -> list[Term | Table]:
+        """What files hold for inputs that are rounded."""
+        found: list[Term | Table] = []
+        for path, (column, each) in self._rounded_inputs.items():
+            gates = self.gate(path)
+            if gates is not None:
+                sizes = np.array([0 if one is None else one.nbytes for one in each])
+                found.append(Term(1, _times(gates, {column: sizes})))
+        return found
+
+    def _packed_bytes(
+        self,
+        name: str,
+        dims: Sequence[Dim],
+        itemsize: int,
+        gates: Mapping[int, np.ndarray],
+    ) -> Table:
+        """Bytes of a weight that is held as codes at some choices: they round up to bytes."""
+        column, each = self._rounded[name]
+        varying = {self._sizes[a][0] for dim in dims for a in atoms(dim) if a in self._sizes}
+        sites = tuple(sorted({column, *varying, *gates}))
+        spread = {site: _along(place, len(sites)) for place, site in enumerate(sites)}
+        shape = [self._size(dim, spread) for dim in dims]
+        whole = reduce(np.multiply, shape) * itemsize
+        by_choice = [whole if one is None else one.nbytes(shape) for one in each]
+        counts = [len(self._net.space.sites[site].choices) for site in sites]
+        place = sites.index(column)
+        others = [*counts[:place], 1, *counts[place + 1 :]]
+        values = np.concatenate([np.broadcast_to(v, others) for v in by_choice], place)
+        for site, mask in gates.items():
+            values = values * mask.reshape(spread[site])
+        return Table(sites, values)
+
+    def _size(self, dim: Dim, spread: Mapping[int, Sequence[int]]) -> Any:
+        """The size of a dimension, an array over the choices that it depends on."""
+        total: Any = 0
+        for monomial, coefficient in monomials(dim, self._sizes).items():
+            value: Any = np.full([1] * len(spread), coefficient, dtype=np.int64)
+            for atom in monomial:
+                if atom in self._sizes:
+                    column, row = self._sizes[atom]
+                    value = value * row.reshape(spread[column])
+                else:
+                    value = value * atom.size
+            total = total + value
+        return total
 
     def _shared_gate(self, names: list[str]) -> dict[int, np.ndarray] | None:
         """The gate of a tensor with several names: it exists while one of its owners does."""
@@ -520,6 +607,11 @@ class Run:
             if at in live:
                 return factors
         return None
+
+
+def _along(place: int, count: int) -> list[int]:
+    """The shape that lays an array out along one of so many dimensions."""
+    return [-1 if at == place else 1 for at in range(count)]
 
 
 def _times(

@@ -180,7 +180,9 @@ class _Verifier:
             group = getattr(site, "group", None)
             patch = self._twin.patch_of(name, choice)
             reduced = group is not None and self._twin.graph.reduces_over(group)
-            if not (reduced or patch.structural or patch.tensors or patch.attributes):
+            rounded = patch.rounded or patch.rounded_inputs
+            changed = patch.structural or patch.tensors or patch.attributes
+            if not (reduced or changed or rounded):
                 kept[name] = choice
         return self._twin.space.config(kept)
 
