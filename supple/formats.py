@@ -230,7 +230,7 @@ class Midrise(NumberFormat):
     @property
     def most(self) -> float:
         """The highest number."""
-        return (2**self.bits - 1) / 2
+        return float(2**self.bits - 1) / 2
 
     @property
     def values(self) -> tuple[float, ...]:
