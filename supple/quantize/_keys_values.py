@@ -1,0 +1,102 @@
+"""Keys and values of a few bits, in any network whose attention is PyTorch's.
+
+They are rounded where the product is called, not in a cache class of one library: so a network
+without a cache is rounded just as well, also in training and when its perplexity is measured,
+and what was done is saved and exported with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from supple.errors import UnsupportedModelError
+from supple.formats import Int, QuantSpec
+from supple.graph.record import record
+from supple.layers.quantized_attention import QuantizedAttention
+from supple.layers.rotations import Rotation
+from supple.rebuild import replace
+
+__all__ = ["attention_paths", "cache_spec", "rounding_keys"]
+
+
+def cache_spec(bits: int, *, symmetric: bool = False) -> QuantSpec:
+    """Gives how keys and values are rounded: each token of each head by itself.
+
+    Args:
+        bits: Of a number.
+        symmetric: Whether there are no zero points.
+    """
+    form = Int(bits, symmetric=symmetric)
+    return QuantSpec(form, "token", None, symmetric, "fp16")
+
+
+def attention_paths(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Finds the modules that call PyTorch's fused attention.
+
+    Args:
+        model: The network; it is run once in evaluation mode.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+
+    Returns:
+        Their paths, in the order in which they run.
+
+    Raises:
+        UnsupportedModelError: There is none.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> attention_paths(layer, (torch.ones(1, 3, 8),))
+        ['self_attn']
+    """
+    calls = record(model, args, kwargs).calls
+    found = dict.fromkeys(
+        call.module
+        for call in calls
+        if call.function == "scaled_dot_product_attention" or "scaled_dot_product" in call.name
+    )
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention whose keys and values could be rounded: "
+            "none of its modules calls scaled_dot_product_attention. Where attention is "
+            "written out, choose the fused one (attn_implementation='sdpa' in transformers), "
+            "or leave kv_bits=None"
+        )
+    return list(found)
+
+
+def rounding_keys(
+    model: nn.Module,
+    paths: Sequence[str],
+    spec: QuantSpec | None,
+    key_maps: Mapping[str, Rotation] | None = None,
+    value_maps: Mapping[str, Rotation] | None = None,
+) -> nn.Module:
+    """Lets attention round its keys and values.
+
+    Args:
+        model: The network; it is changed.
+        paths: Of the modules that attend, see `attention_paths`. Each is at `path.layer` then.
+        spec: How; None: not at all.
+        key_maps: What keys are mapped by before, by path.
+        value_maps: What values are mapped by before, by path.
+
+    Returns:
+        The network.
+    """
+    made: dict[str, nn.Module] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        made[path] = QuantizedAttention(
+            module,
+            spec,
+            key_map=(key_maps or {}).get(path),
+            value_map=(value_maps or {}).get(path),
+        ).train(module.training)
+    return replace(model, made) if made else model
