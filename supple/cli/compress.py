@@ -149,11 +149,14 @@ def compressed(
 
 def print_compressed(finished: Compressed, console: Console) -> None:
     """Prints what a compression came to: the table, the page, the files."""
+    from supple.report.engines import engines_table
     from supple.report.steps import steps_table
 
     wide = console if console.width >= 110 else Console(width=110)
     wide.print()
     wide.print(steps_table(finished.summary))
+    if finished.summary.trials:
+        wide.print(engines_table(finished.summary.trials))
     for label, path in (("report", finished.report), ("network", finished.network)):
         console.print(f"{label:8} {path}", highlight=False, soft_wrap=True)
     for path in finished.files:

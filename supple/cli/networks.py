@@ -6,13 +6,16 @@ import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from supple.cli.errors import plain_errors
 from supple.errors import SettingError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["COMMANDS", "export", "extract", "inspect"]
 
@@ -109,11 +112,29 @@ def extract(
 @plain_errors
 def export(
     network: Annotated[Path, typer.Argument(help="The folder of a saved network.")],
-    file: Annotated[Path, typer.Argument(help="Where to: .onnx, .pt2 or .xml.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Where to: .onnx, .pt2 or .xml; with --engine a new folder."),
+    ],
     inputs: Inputs = None,
     dynamic_batch: Annotated[
         bool, typer.Option(help="Leave the batch size open in the file.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, or engines parted by commas: try them on this machine, and write the "
+            "network for the fastest."
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads that engines may use.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(help="Batch that engines are tried with.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest difference of outputs, over their largest magnitude."),
+    ] = None,
 ) -> None:
     """Export a saved network, run the file, and compare the outputs."""
     from torch import nn
@@ -128,11 +149,49 @@ def export(
             f"{network} holds an elastic network; cut a size out with `supple extract`"
         )
     args, kwargs = _parsed(inputs) if inputs else read_example(network)
-    if dynamic_batch and not inputs:
-        args, kwargs = with_batch(2, args, kwargs)
-    written = supple.export(module.eval(), file, args, kwargs, dynamic_batch=dynamic_batch)
+    if batch is not None or (dynamic_batch and not inputs):
+        args, kwargs = with_batch(2 if batch is None else batch, args, kwargs)
+    if engine is not None:
+        if dynamic_batch:
+            raise SettingError("engines are tried with one batch: leave out --dynamic-batch")
+        _deployed(module.eval(), file, args, kwargs, engine, threads, tolerance)
+        return
+    written = supple.export(
+        module.eval(), file, args, kwargs, dynamic_batch=dynamic_batch, tolerance=tolerance
+    )
     Console().print(
         f"{written}: its outputs equal the network's", highlight=False, soft_wrap=True
+    )
+
+
+def _deployed(
+    module: nn.Module,
+    folder: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    engine: str,
+    threads: int,
+    tolerance: float | None,
+) -> None:
+    """Tries the engines, and prints what came of each."""
+    from supple.deploy.engines import TOLERANCE, deploy
+    from supple.report.engines import engines_table
+
+    trials = deploy(
+        module,
+        folder,
+        args,
+        kwargs,
+        engines=None if engine == "auto" else engine.split(","),
+        threads=threads,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
+    )
+    console = Console()
+    console.print(engines_table(trials))
+    console.print(
+        f"{folder}: for {trials[0].engine}; run it with supple.deploy.engines.load",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import supple
-from supple.cost.measure import with_batch
+from supple.cost.measure import device_name, with_batch
 from supple.data.base import Splits
+from supple.deploy.engines import Trial, deploy
 from supple.errors import SettingError
 from supple.files import write_text
 from supple.masks import MaskSet
@@ -35,7 +36,7 @@ from supple.recipe.bench import (
     source_of,
     threads,
 )
-from supple.recipe.deployment import measured
+from supple.recipe.deployment import measured, write_example
 from supple.recipe.dump import recipe_text
 from supple.recipe.models import ModelSource
 from supple.recipe.schema import Choice, Compression, Step, Tune
@@ -52,7 +53,7 @@ from supple.training.step import module_of
 
 __all__ = ["Compressed", "run_compression"]
 
-NETWORK = "network"
+NETWORK, DEPLOYED = "network", "deployed"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def run_compression(
             do = functools.partial(work.step, name, step, index, steps[-1])
             steps.append(_Line.said(told, name, what, do))
         exported = work.export(steps[-1])
-        summary = _summary(work, steps, exported)
+        trials = work.deploy(steps[-1]) if recipe.engines else ()
+        summary = _summary(work, steps, exported, trials)
         report, *_ = write_steps(summary, run.path)
     files = tuple(run.path / name for name in exported.result["files"])
     return Compressed(run.path, summary, report, steps[-1].record.folder / NETWORK, files)
@@ -298,6 +300,28 @@ class _Work:
 
         return self.run.perform("export", inputs, work)
 
+    def deploy(self, last: _Line) -> tuple[Trial, ...]:
+        """Tries the engines that were asked for, and writes the network for the fastest."""
+        engines = self.recipe.engines
+        threads = self.recipe.threads or 1
+        inputs = {
+            "before": last.record.digest,
+            "engines": list(engines),
+            "threads": threads,
+            "device": device_name(threads=threads),
+        }
+
+        def work(folder: Path) -> Outcome:
+            network, place = self._network(last.record), folder / DEPLOYED
+            args, kwargs = self.example
+            chosen = None if "auto" in engines else engines
+            trials = deploy(network, place, args, kwargs, engines=chosen, threads=threads)
+            files = tuple(path for path in sorted(place.rglob("*")) if path.is_file())
+            return Outcome({"trials": [vars(one) for one in trials]}, files)
+
+        found = self.run.perform("deploy", inputs, work).result["trials"]
+        return tuple(Trial(**one) for one in found)
+
     def _perform(
         self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], nn.Module]
     ) -> Record:
@@ -309,6 +333,7 @@ class _Work:
             self.held = (name, module)
             files = [p for p in sorted((folder / NETWORK).rglob("*")) if p.is_file()]
             weights = [p for p in files if p.suffix == ".safetensors"]
+            files.append(write_example(folder, *self.example))
             figures = self.task.evaluate(module, self.splits.test.batches())
             result = {
                 "figures": figures,
@@ -338,7 +363,9 @@ def _zeros(module: nn.Module) -> float:
     return sum(int((p == 0).sum()) for p in weights) / total if total else 0.0
 
 
-def _summary(work: _Work, steps: list[_Line], exported: Record) -> StepsSummary:
+def _summary(
+    work: _Work, steps: list[_Line], exported: Record, trials: tuple[Trial, ...]
+) -> StepsSummary:
     lines = [
         {"name": line.name, "what": line.what, "seconds": line.record.seconds}
         | line.record.result
@@ -350,6 +377,7 @@ def _summary(work: _Work, steps: list[_Line], exported: Record) -> StepsSummary:
         tests=work.splits.test.examples,
         steps=tuple(lines),
         files=tuple(exported.result["files"]),
+        trials=trials,
         device=steps[0].record.result["device"],
         recipe=recipe_text(work.recipe),
     )

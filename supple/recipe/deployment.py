@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import supple
 from supple.cost.count import count
@@ -158,9 +158,23 @@ def save_example(bench: Bench, folder: Path) -> None:
         bench: The run's parts.
         folder: Where `example.safetensors` goes.
     """
-    args, kwargs = _inputs(bench)
-    named = {str(place): tensor for place, tensor in enumerate(args)} | kwargs
+    write_example(folder, *_inputs(bench))
+
+
+def write_example(folder: Path, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Path:
+    """Writes one example beside a network, for whoever wants to run or export it.
+
+    Args:
+        folder: Where `example.safetensors` goes.
+        args: Inputs by position.
+        kwargs: Inputs by name.
+
+    Returns:
+        The file.
+    """
+    named = {str(place): tensor for place, tensor in enumerate(args)} | dict(kwargs)
     write_tensors(folder / EXAMPLE, named)
+    return folder / EXAMPLE
 
 
 def read_example(network: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:

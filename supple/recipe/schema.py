@@ -300,6 +300,11 @@ class Step(Section):
     train: Tune | None = None
 
 
+EngineName = Literal[
+    "auto", "pytorch", "pytorch-bf16", "onnxruntime", "openvino", "openvino-bf16"
+]
+
+
 class Compression(Section):
     """One run that makes a trained network smaller, step by step.
 
@@ -315,6 +320,8 @@ class Compression(Section):
         calibration_batches: Training batches that transforms may look at.
         compress: The steps, in their order.
         export: Formats of the network that comes out, by the ending of the file.
+        engines: Engines that are tried at the end, one example at a time, to write the network
+            for the fastest (see `supple.deploy.engines`); `auto` tries all.
         fast: What `--fast` changes, as `section.key: value`.
 
     Example:
@@ -336,4 +343,5 @@ class Compression(Section):
     calibration_batches: Count = 8
     compress: tuple[Annotated[Step, BeforeValidator(_step)], ...] = Field(min_length=1)
     export: tuple[Literal["onnx", "pt2", "xml"], ...] = ("onnx",)
+    engines: tuple[EngineName, ...] = ()
     fast: dict[str, Any] = Field(default_factory=dict)

@@ -13,6 +13,8 @@ from rich import box
 from rich.table import Table
 
 from supple import files
+from supple.deploy.engines import Trial
+from supple.report.engines import HEAD, engine_rows
 from supple.report.plots import steps_figure, svg_text, write_png
 from supple.report.style import STYLE
 from supple.report.words import bytes_text, count_text, metric_text, seconds_text, step_text
@@ -34,6 +36,7 @@ class StepsSummary:
             `costs`, `zeros` (share of the weights), `latency` and `spread` (seconds),
             `file_bytes`, `seconds` (of the step's work).
         files: What the last network was exported to, relative to the run's folder.
+        trials: What came of the engines that were tried, the fastest first.
         device: What was measured on.
         recipe: The recipe as YAML text.
     """
@@ -43,6 +46,7 @@ class StepsSummary:
     tests: int
     steps: tuple[Mapping[str, Any], ...]
     files: tuple[str, ...]
+    trials: tuple[Trial, ...]
     device: str
     recipe: str
 
@@ -143,7 +147,7 @@ def steps_html(summary: StepsSummary) -> str:
         f'<div class="scroll"><table class="wrap">{_row(head, "th")}'
         f"{''.join(_row(row, 'td') for row in rows)}</table></div></section>"
         f'<div class="plots" style="max-width: 660px"><figure>{figure}</figure></div>'
-        f"<section><h2>Files</h2><p>{links or 'not exported'}</p>"
+        f"{_engines(summary)}<section><h2>Files</h2><p>{links or 'not exported'}</p>"
         f"<details><summary>Recipe</summary><pre>{escape(summary.recipe)}</pre></details>"
         "</section><footer>Written by Supple. This page needs no network.</footer>"
     )
@@ -152,6 +156,19 @@ def steps_html(summary: StepsSummary) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(summary.name)} · Supple</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
+    )
+
+
+def _engines(summary: StepsSummary) -> str:
+    """A table of the engines that were tried, if any."""
+    if not summary.trials:
+        return ""
+    rows = "".join(_row(row, "td") for row in engine_rows(summary.trials))
+    return (
+        "<section><h2>Engines</h2><p>One forward of one example of the last network, and the "
+        "largest difference of an output from PyTorch's, over the largest magnitude.</p>"
+        f'<div class="scroll"><table class="wrap">{_row(HEAD, "th")}{rows}</table></div>'
+        "</section>"
     )
 
 
