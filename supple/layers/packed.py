@@ -49,6 +49,7 @@ __all__ = [
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLinear",
+    "PackedMatrix",
     "pack_codes",
     "unpack_codes",
 ]
@@ -336,6 +337,58 @@ class _Packed(nn.Module):
         return told if self.input is None else f"{told}, input={self.input.format.name}"
 
 
+class PackedMatrix(_Packed):
+    """A matrix of packed codes, which layers are made of; it multiplies nothing itself.
+
+    Args:
+        rows: Its rows.
+        columns: Its columns.
+        spec: How it is quantized, or the settings of such a `QuantSpec`.
+        dtype: Type of the values that the codes stand for.
+
+    Raises:
+        SettingError: A value can't be used.
+
+    Example:
+        >>> PackedMatrix(6, 64, QuantSpec("int4", scale_format="fp16")).nbytes
+        204
+    """
+
+    bias = None
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        spec: QuantSpec | Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self._hold((rows, columns), spec, dtype)
+
+    def take(self, quantized: Quantized) -> None:
+        """Holds other codes and scales from now on.
+
+        Args:
+            quantized: A matrix of this shape and spec.
+
+        Raises:
+            SettingError: It has another shape.
+        """
+        _check_matrix(quantized, self.matrix_shape)
+        self._fill(quantized)
+
+    def settings(self) -> dict[str, Any]:
+        """Gives the arguments with which the class makes a matrix of this structure."""
+        rows, columns = self.matrix_shape
+        return {"rows": rows, "columns": columns, **self._told()}
+
+    def values(self) -> Tensor:
+        """Gives the matrix that the codes stand for, (rows, columns)."""
+        return self._matrix()
+
+
 class PackedLinear(_Packed, FactorizedLinear):
     """A linear layer whose matrix is held as packed codes.
 
@@ -472,7 +525,7 @@ class PackedLinear(_Packed, FactorizedLinear):
         ):
             return "plain"
         if self.input is not None:
-            return "integer" if _is_integer(self.spec, self.input) else "plain"
+            return "integer" if self._is_whole(self.input) else "plain"
         half = x.dtype == torch.bfloat16 or self.engine == "bfloat16"
         if not half or self.out_features % _KERNEL_ROWS or self.in_features % 32:
             return "plain"
@@ -482,14 +535,21 @@ class PackedLinear(_Packed, FactorizedLinear):
                 return engine
         return "plain"
 
+    def _is_whole(self, input: QuantSpec) -> bool:
+        """Whether the product is one of whole numbers, with scales taken out of the sum."""
+        return _is_integer(self.spec, input)
+
+    def _prepare(self, engine: str) -> tuple[Tensor, ...]:
+        return _PREPARED[engine](self.quantized())
+
     def _ready(self, engine: str) -> tuple[Tensor, ...]:
         """What an engine needs, made once for these codes and scales."""
         if any(tensor.is_inference() for tensor in self.buffers()):
-            return _PREPARED[engine](self.quantized())  # whether they changed can't be told
+            return self._prepare(engine)  # whether they changed can't be told
         state = tuple((t.data_ptr(), t._version) for t in self.buffers())
         kept = vars(self).get("_prepared")
         if kept is None or kept[0] != (engine, state):
-            kept = ((engine, state), _PREPARED[engine](self.quantized()))
+            kept = ((engine, state), self._prepare(engine))
             vars(self)["_prepared"] = kept
         found: tuple[Tensor, ...] = kept[1]
         return found
