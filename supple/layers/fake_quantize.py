@@ -414,9 +414,6 @@ class FakeQuantized(nn.Module):
 
     def rounded(self) -> Tensor:
         """Gives the weight that the layer computes with, of the weight's shape."""
-        if self.of_weight is None and self.norm is None:
-            weight: Tensor = self.weight
-            return weight
         matrix = self.matrix()
         if self.of_weight is not None:
             matrix = self.of_weight(matrix)
@@ -446,6 +443,9 @@ class FakeQuantized(nn.Module):
         """Rounds the input and gives what the layer with a rounded weight makes of it."""
         if self.of_input is not None:
             x = self.of_input(x)
+        if self.of_weight is None and self.norm is None:
+            plain: Tensor = self.layer(x)
+            return plain
         if self.norm is None:
             return self._made(x, self.rounded(), self.bias)
         if self.training and not self.frozen:
@@ -474,7 +474,8 @@ class FakeQuantized(nn.Module):
         offset = -mean if self.bias is None else self.bias - mean
         added: Tensor = offset / deviation * (1.0 if norm.weight is None else norm.weight)
         added = added if norm.bias is None else added + norm.bias
-        return corrected + added.reshape(shape)
+        found: Tensor = corrected + added.reshape(shape)
+        return found
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from supple.training.batches import Forward, Loss
 from supple.training.companion import Companion, CompanionRule
 from supple.training.step import Network, module_of
 from supple.transforms import check_finite
-from supple.weights import from_matrix, matrices
+from supple.weights import matrices
 
 __all__ = ["BASELINES", "QAT", "Rounding", "RoundingRule", "baseline", "wrapped"]
 
@@ -74,7 +74,7 @@ class RoundingRule(CompanionRule):
     # -- what a rule says
 
     @abstractmethod
-    def of_weight(self, module: nn.Module, matrix: Tensor) -> FakeQuantize | None:
+    def of_weight(self, module: nn.Module, matrix: Tensor) -> nn.Module | None:
         """Gives what rounds a weight.
 
         Args:
@@ -82,19 +82,20 @@ class RoundingRule(CompanionRule):
             matrix: Its weight, (out, columns).
 
         Returns:
-            The rounding, None to leave this weight as it is. It is not asked for at 16 bits.
+            A `FakeQuantize`, or another map of matrices; None to leave this weight as it is.
         """
 
     @abstractmethod
-    def of_input(self, module: nn.Module, values: Tensor) -> FakeQuantize | None:
+    def of_input(self, module: nn.Module, values: Tensor) -> nn.Module | None:
         """Gives what rounds the input of a layer.
 
         Args:
             module: The layer.
-            values: Some of the values that it was given, least and most among them, shape (n,).
+            values: Some of the values that it was given, least and most among them, shape (n,);
+                a zero where inputs are not rounded.
 
         Returns:
-            The rounding, None to leave this input as it is. It is not asked for at 16 bits.
+            A `FakeQuantize`, or another map; None to leave this input as it is.
         """
 
     def norms(
@@ -162,17 +163,15 @@ class RoundingRule(CompanionRule):
         self, module: nn.Module, seen: Tensor | None, norm: nn.Module | None
     ) -> FakeQuantized:
         layer = FakeQuantized(module, norm=norm)
-        if self.rounds_weights:
-            matrix = layer.matrix().detach()
-            layer.of_weight = self.of_weight(module, matrix)
-            if layer.of_weight is not None:
-                layer.of_weight.begin(matrix)
-        if self.rounds_inputs:
-            # A layer that the example did not reach has seen nothing.
-            values = torch.zeros(1) if seen is None else seen
-            layer.of_input = self.of_input(module, values)
-            if layer.of_input is not None and layer.of_input.held:
-                layer.of_input.begin(values)
+        matrix = layer.matrix().detach()
+        layer.of_weight = self.of_weight(module, matrix)
+        if isinstance(layer.of_weight, FakeQuantize):
+            layer.of_weight.begin(matrix)
+        # A layer that the example did not reach has seen nothing.
+        values = torch.zeros(1) if seen is None else seen
+        layer.of_input = self.of_input(module, values)
+        if isinstance(layer.of_input, FakeQuantize) and layer.of_input.held:
+            layer.of_input.begin(values)
         return layer.to(module.weight.device)  # type: ignore[arg-type]
 
     def attach(
@@ -238,15 +237,13 @@ class RoundingRule(CompanionRule):
 
     def _packed(self, layer: FakeQuantized) -> nn.Module:
         plain, rounding = _folded(layer), layer.of_input
-        assert rounding is None or isinstance(rounding, FakeQuantize)
-        given = None if rounding is None else _as_input(rounding)
+        given = _as_input(rounding) if isinstance(rounding, FakeQuantize) else None
         made: nn.Module | None = None
         if isinstance(layer.of_weight, FakeQuantize):
             found = layer.of_weight.quantized(layer.matrix())
             if self.packed:
                 made = Weights().pack(plain, found, given)
-            assert isinstance(plain.weight, Tensor)
-            plain.weight.copy_(from_matrix(plain, found.dequantize()))
+        plain.weight.copy_(layer.rounded())
         if made is None:
             # What a file can't tell how to make stays within a layer that does nothing more.
             made = plain if type(plain) in _PLAIN else FakeQuantized(plain)
@@ -383,8 +380,7 @@ def _folded(layer: FakeQuantized) -> Any:
     """Gives the layer within, or a copy of it that needs its norm no more."""
     if layer.norm is None:
         return layer.layer
-    plain = copy.deepcopy(layer.layer)
-    plain.weight.copy_(from_matrix(plain, layer.matrix()))
+    plain: Any = copy.deepcopy(layer.layer)
     bias = layer.folded_bias()
     assert bias is not None
     plain.bias = nn.Parameter(bias.detach().clone(), plain.weight.requires_grad)
@@ -442,8 +438,7 @@ class QAT(RoundingRule):
         if not 0 <= self.until <= 1:
             raise SettingError(f"until must be in [0, 1], got {self.until}")
         FakeQuantize(self._spec(), observer=self.observer, estimator=self.estimator)
-        if self.rounds_inputs:
-            self.of_input(nn.Identity(), torch.zeros(1))
+        self.of_input(nn.Identity(), torch.zeros(1))
 
     def _spec(self) -> QuantSpec:
         return QuantSpec(
@@ -454,6 +449,8 @@ class QAT(RoundingRule):
 
     def of_weight(self, module: nn.Module, matrix: Tensor) -> FakeQuantize | None:
         """Gives what rounds a weight."""
+        if not self.rounds_weights:
+            return None
         spec = self._spec()
         return FakeQuantize(
             spec,
@@ -464,7 +461,8 @@ class QAT(RoundingRule):
 
     def of_input(self, module: nn.Module, values: Tensor) -> FakeQuantize | None:
         """Gives what rounds the input: without negative numbers where none were seen."""
-        assert self.activations is not None
+        if self.activations is None or not self.rounds_inputs:
+            return None
         whole = Int(self.activations, symmetric=False)
         spec = QuantSpec(whole, "tensor", symmetric=False)
         if self.input_observer == "learned" and bool((values < 0).any()):
