@@ -355,7 +355,7 @@ class Weight(RoundedWeight):
 
     def quantized(self, weight: Tensor, *values: Tensor) -> Quantized:
         """Gives codes and scales of the weight as a matrix."""
-        matrix = matrix_of(weight, self.transposed).detach().float()
+        matrix = self.matrix(weight)
         scales = _stored(self.spec, matrix, *values) if values else self._scales(matrix)
         return quantize(matrix, self.spec, *scales)
 
@@ -371,12 +371,15 @@ class Weight(RoundedWeight):
         total = total + scales * _SCALE_BYTES[self.spec.scale_format]
         return total if self.spec.symmetric else total + _eighths(scales * self.spec.bits)
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Lays the weight out with a row for each output."""
+        return matrix_of(weight, self.transposed).detach().float()
+
     def first(self, layer: nn.Module) -> tuple[Tensor, ...]:
         """Gives the step that LSQ begins with, and a zero point."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        matrix = matrix_of(weight, self.transposed).detach().float()
-        return _as_parameters(*self.spec.scales(matrix, RANGES["mean_abs"]))
+        return _as_parameters(*self.spec.scales(self.matrix(weight), RANGES["mean_abs"]))
 
     def _scales(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.spec.scales(matrix.detach(), RANGES[self.observer])
@@ -466,7 +469,7 @@ def learned_round(
     Args:
         x: The numbers, float32; a matrix where rows have steps of their own.
         spec: How; of granularity channel or tensor.
-        step: The steps, (rows, 1) or (1, 1); of one below 0 the magnitude counts.
+        step: The steps, (rows,) or (1,); of one below 0 the magnitude counts.
         zero: Zero points, of the same shape, where the spec is not symmetric.
 
     Returns:
@@ -477,11 +480,11 @@ def learned_round(
 
     Example:
         >>> x, spec = torch.tensor([[0.4, 1.6, 9.0]]), QuantSpec("int3", "tensor")
-        >>> learned_round(x, spec, torch.ones(1, 1)).tolist()
+        >>> learned_round(x, spec, torch.ones(1)).tolist()
         [[0.0, 2.0, 3.0]]
     """
     scale, whole = _stored(spec, x, step, zero)
-    size = step.abs().clamp_min(_SMALLEST)
+    size = step.abs().clamp_min(_SMALLEST)[:, None]
     factor = (max(spec.format.most, 1) * x.numel() / step.numel()) ** -0.5
     slow = size * factor
     # The value is that which is stored, the gradient that of the step, slowed down.
@@ -506,12 +509,15 @@ def _stored(
             f"there are {step.shape[0]} learned steps for {x.shape[0]} rows: widths can't vary "
             "where rows have learned steps; set modes=('tensor',), or learned=False"
         )
-    scale = spec.stored_scale(step.detach().float().abs().clamp_min(_SMALLEST))
-    return scale, None if zero is None else spec.stored_zero(zero.detach().float())
+    scale = spec.stored_scale(step.detach().float().abs().clamp_min(_SMALLEST)[:, None])
+    return scale, None if zero is None else spec.stored_zero(zero.detach().float()[:, None])
 
 
 def _as_parameters(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, ...]:
-    return (scale,) if zero is None else (scale, nn.Parameter(zero, requires_grad=False))
+    # One-dimensional, as gains are: optimizers let them not decay.
+    if zero is None:
+        return (scale.flatten(),)
+    return scale.flatten(), nn.Parameter(zero.flatten(), requires_grad=False)
 
 
 def _normal_range(spec: QuantSpec) -> tuple[Tensor, ...]:

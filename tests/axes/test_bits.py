@@ -127,12 +127,12 @@ def test_an_elastic_network_comes_back_with_its_steps(tmp_path) -> None:
 
 
 def test_learned_steps_have_the_gradient_of_lsq() -> None:
-    spec, step = QuantSpec("int3", "tensor"), torch.tensor([[0.5]], requires_grad=True)
+    spec, step = QuantSpec("int3", "tensor"), torch.tensor([0.5], requires_grad=True)
     x = torch.tensor([[0.3, 0.9, 9.0, -9.0]], requires_grad=True)
     learned_round(x, spec, step).sum().backward()
     # 0.6 is rounded to 1 and 1.8 to 2, which adds 0.4 and 0.2; what is clipped adds 3 and -4.
     slow = (3 * 4) ** -0.5
-    torch.testing.assert_close(step.grad, torch.tensor([[(0.4 + 0.2 + 3 - 4) * slow]]))
+    torch.testing.assert_close(step.grad, torch.tensor([(0.4 + 0.2 + 3 - 4) * slow]))
     assert x.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
