@@ -5,6 +5,7 @@ is as small as `QuantSpec.nbytes` promises. Between the layer and its product st
 
 - `"plain"` puts the weight together and multiplies. It works everywhere: with gradients to the
   input, on any device, in exported programs. It reads far more memory than the codes take.
+  Where none of the others serves, `"rows"` does so for some rows at a time, in the cache.
 - `"integer"`, where inputs are quantized to whole numbers of up to 8 bits, too: an exact
   product of whole numbers.
 - `"int4"` and `"int8"`, PyTorch's kernels for inputs in bfloat16 that take codes apart in
@@ -22,7 +23,7 @@ than a dense layer, up to a hundred times, so they are not.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -59,6 +60,7 @@ _Layer = TypeVar("_Layer", bound="_Packed")
 _HELD = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _KERNEL_GROUPS = (256, 128, 64, 32)  # sizes that the 4-bit kernel takes
 _KERNEL_ROWS = 16  # outputs must come in so many for PyTorch's kernels
+_AT_ONCE = 2**18  # weights that are put together at a time
 _MOST_TOKENS = {"int4": 128, "int8": 16}  # beyond, taking all codes apart once is faster
 
 # ---------------------------------------------------------------------------------- bits
@@ -504,12 +506,16 @@ class PackedLinear(_Packed, FactorizedLinear):
         engine, bias = self.engine_for(x), self._bias(x)
         if engine == "plain":
             return F.linear(self._rounded(x), self.dense_weight().to(x.dtype), bias)
+        if engine == "rows":
+            seen = self._rounded(x)
+            y = torch.cat([F.linear(seen, part.to(x.dtype)) for part in self._parts()], -1)
+            return y if bias is None else y + bias
         y = _PRODUCTS[engine](self, x.reshape(-1, self.in_features)).to(x.dtype)
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 
     def engine_for(self, x: Tensor) -> str:
-        """Tells what would multiply an input: `"plain"`, `"integer"`, `"int4"` or `"int8"`.
+        """Tells what would multiply an input: an engine, or `"rows"` or `"plain"`.
 
         Args:
             x: An input.
@@ -525,15 +531,40 @@ class PackedLinear(_Packed, FactorizedLinear):
         ):
             return "plain"
         if self.input is not None:
-            return "integer" if self._is_whole(self.input) else "plain"
+            return "integer" if self._is_whole(self.input) else self._whole_or_rows()
         half = x.dtype == torch.bfloat16 or self.engine == "bfloat16"
         if not half or self.out_features % _KERNEL_ROWS or self.in_features % 32:
-            return "plain"
+            return self._whole_or_rows()
         tokens = x.numel() // self.in_features
         for engine, suits in (("int4", _suits_int4), ("int8", _suits_int8)):
             if suits(self.spec, self.in_features) and tokens <= _MOST_TOKENS[engine]:
                 return engine
-        return "plain"
+        return self._whole_or_rows()
+
+    def _whole_or_rows(self) -> str:
+        """Whether the matrix is put together at once, or some rows at a time, in the cache."""
+        own = type(self).quantized is _Packed.quantized and self.spec.bits <= 8
+        return "rows" if own and self.out_features > self._rows_at_once() else "plain"
+
+    def _rows_at_once(self) -> int:
+        return max(8, _AT_ONCE // self.in_features // 8 * 8)
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Yields the matrix, some rows at a time."""
+        scale, zero = self._scales.unpack(dict(self.named_buffers(recurse=False)))
+        step, columns, bits = self._rows_at_once(), self.in_features, self.spec.bits
+        for first in range(0, self.out_features, step):
+            rows = min(step, self.out_features - first)
+            start, shape = first * columns * bits // 8, torch.Size((rows, columns))
+            packed = self.codes[start : start + _bytes(rows * columns, bits)]
+            codes = unpack_codes(packed, bits, rows * columns).reshape(shape)
+            mine = [
+                None if one is None else one if len(one) == 1 else one[first : first + rows]
+                for one in (scale, zero)
+            ]
+            assert mine[0] is not None
+            part = Quantized(codes, mine[0], mine[1], self.spec, shape)
+            yield part.dequantize(self.dtype)
 
     def _is_whole(self, input: QuantSpec) -> bool:
         """Whether the product is one of whole numbers, with scales taken out of the sum."""

@@ -39,6 +39,7 @@ SPECS = [
     QuantSpec("nf4", "group", 64),
     QuantSpec("power4^0.5"),
     QuantSpec("e2m1", "group", 16, scale_format="shift4"),
+    QuantSpec("e2m1", "group", 32, scale_format="e8m0-wide"),
 ]
 WHOLE = [  # products of whole numbers: weights, inputs
     (QuantSpec("int8"), QuantSpec("int8", "token")),
@@ -293,3 +294,24 @@ def test_bad_settings_are_told() -> None:
     table = nn.Embedding(5, 3, max_norm=1.0)
     with pytest.raises(UnsupportedModelError, match="max_norm"):
         PackedEmbedding.from_quantized(table, quantize(table.weight, QuantSpec("int8")))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("int3", "group", 20, scale_format="int8"),
+        QuantSpec("uint4", "channel", symmetric=False),
+        QuantSpec("e2m1", "tensor"),
+    ],
+)
+def test_rows_that_are_put_together_in_turn_give_the_same(
+    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, x = nn.Linear(50, 29), torch.randn(3, 50)
+    layer = PackedLinear.from_quantized(linear, quantize(linear.weight.detach(), spec))
+    with torch.inference_mode():
+        assert layer.engine_for(x) == "plain"
+        whole = layer(x)
+        monkeypatch.setattr("supple.layers.packed._AT_ONCE", 8 * 50)
+        assert layer.engine_for(x) == "rows"
+        torch.testing.assert_close(layer(x), whole)
