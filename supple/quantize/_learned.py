@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from supple.errors import SettingError, nearest
 from supple.formats import NumberFormat, Quantized, QuantSpec
 from supple.observers import RANGES
 from supple.quantize._reconstruct import Example, examples_of, reconstruct
-from supple.quantize.base import Quantizer
+from supple.quantize.base import Quantizer, Solved
 from supple.transforms import Given
 from supple.weights import as_matrix, from_matrix, matrices
 
@@ -188,9 +188,9 @@ class LearnedRounding(Quantizer):
         return AdditiveRounding(matrix, spec, *spec.scales(matrix, RANGES[self.observer]))
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> dict[str, Quantized]:
+    def quantized(self, model: nn.Module, given: Given) -> Mapping[str, Solved]:
         """Quantizes the weights of a model, which then holds the rounded ones."""
-        found: dict[str, Quantized] = {}
+        found: dict[str, Solved] = {}
         if not self.rounds_weights:
             return found
         for part in _parts(model, given.batches, self.layers, bool(self.steps)):
