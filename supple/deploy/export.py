@@ -174,7 +174,8 @@ def _write_openvino(program: torch.export.ExportedProgram, file: Path, codes: bo
     if codes:  # OpenVINO knows these operators from ONNX only
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             _save_onnx(program, Path(folder) / "network.onnx")
-            model = openvino.convert_model(Path(folder) / "network.onnx")
+            # Not `convert_model`, which takes a comma in a path for two files.
+            model = openvino.Core().read_model(Path(folder) / "network.onnx")
             openvino.save_model(model, file, compress_to_fp16=False)
     else:
         model = openvino.convert_model(_in_other_words(program.run_decompositions()))

@@ -95,8 +95,9 @@ def test_inputs_with_a_fixed_range_stay_in_it(tmp_path: Path, bits: int) -> None
 def test_openvino_runs_networks_of_codes(tmp_path: Path, quantizer: supple.Transform) -> None:
     model, x = small(64)
     packed = quantizer.apply(model, calibration=[(x,)])
-    path = supple.export(packed, tmp_path / "net.xml", (x,))
-    assert [file.name for file in sorted(tmp_path.iterdir())] == ["net.bin", "net.xml"]
+    folder = tmp_path / "one, two"
+    path = supple.export(packed, folder / "net.xml", (x,))
+    assert [file.name for file in sorted(folder.iterdir())] == ["net.bin", "net.xml"]
     assert path.read_text().startswith("<?xml")
 
 
