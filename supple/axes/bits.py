@@ -18,7 +18,16 @@ from supple.layers.pack import matrix_of, pack, packable, round_input, weight_of
 from supple.observers import RANGES
 from supple.space import Site
 
-__all__ = ["AS_IT_IS", "Bits", "BitsSite", "Mode", "learned_round", "straight"]
+__all__ = [
+    "AS_IT_IS",
+    "Bits",
+    "BitsSite",
+    "Mode",
+    "bytes_of",
+    "learned_round",
+    "packed_as",
+    "straight",
+]
 
 Mode = Literal["channel", "tensor", "channel-asymmetric", "tensor-asymmetric"]
 AS_IT_IS = 16
@@ -227,19 +236,20 @@ class Bits(Axis):
             return {}
         found: dict[str, Tensor] = {}
         for choice in site.choices[:-1]:
-            way: Weight | Input
+            way: RoundedWeight | Input
             if site.input:
                 way = self._input(site, choice)
                 values = _normal_range(way.spec)
             else:
                 way = self._weight(site, choice)
+                assert isinstance(way, Weight)
                 values = way.first(site.module)
             found.update(zip(way.parameters, values, strict=True))
         return found
 
     # -- how
 
-    def _weight(self, site: BitsSite, choice: int) -> Weight:
+    def _weight(self, site: BitsSite, choice: int) -> RoundedWeight:
         bits, mode = self.told(choice)
         symmetric = not mode.endswith("asymmetric")
         granularity: Any = mode.removesuffix("-asymmetric")
@@ -346,12 +356,7 @@ class Weight(RoundedWeight):
         """Gives the layer of codes."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        quantized = self.quantized(weight, *values)
-        if given is None:
-            return pack(layer, quantized)
-        rounding, more = given
-        assert isinstance(rounding, Input)
-        return pack(layer, quantized, rounding.spec, rounding.range(*more))
+        return packed_as(layer, self.quantized(weight, *values), given)
 
     def quantized(self, weight: Tensor, *values: Tensor) -> Quantized:
         """Gives codes and scales of the weight as a matrix."""
@@ -361,15 +366,7 @@ class Weight(RoundedWeight):
 
     def nbytes(self, shape: Sequence[Any]) -> Any:
         """Bytes of codes, scales and zero points."""
-        rows, *rest = reversed(shape) if self.transposed else shape
-        columns: Any = 1
-        for size in rest:
-            columns = columns * size
-        groups = -(-columns // self.spec.group_size) if self.spec.group_size else 1
-        scales = groups * (1 if self.spec.granularity == "tensor" else rows)
-        total = _eighths(rows * columns * self.spec.bits)
-        total = total + scales * _SCALE_BYTES[self.spec.scale_format]
-        return total if self.spec.symmetric else total + _eighths(scales * self.spec.bits)
+        return bytes_of(self.spec, shape, self.transposed)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Lays the weight out with a row for each output."""
@@ -424,6 +421,49 @@ class Input(RoundedInput):
     def nbytes(self) -> int:
         """Bytes of a learned scale and zero point."""
         return 4 * len(self.parameters)
+
+
+def packed_as(
+    layer: nn.Module,
+    quantized: Quantized,
+    given: tuple[RoundedInput, tuple[Tensor, ...]] | None,
+) -> nn.Module:
+    """Gives the layer that holds codes, and rounds its input, in a layer's place.
+
+    Args:
+        layer: The layer.
+        quantized: Its weight as a matrix, quantized.
+        given: How its input is rounded, an `Input`, with the values that this takes, if it is.
+    """
+    if given is None:
+        return pack(layer, quantized)
+    rounding, values = given
+    assert isinstance(rounding, Input)
+    return pack(layer, quantized, rounding.spec, rounding.range(*values))
+
+
+def bytes_of(spec: QuantSpec, shape: Sequence[Any], transposed: bool) -> Any:
+    """Gives the bytes of a weight's codes, scales and zero points in a file.
+
+    Args:
+        spec: How it is quantized, as a matrix.
+        shape: Sizes of the weight: numbers, or arrays of such.
+        transposed: Whether it is the transpose of its matrix.
+
+    Example:
+        >>> bytes_of(QuantSpec("int4", scale_format="fp16"), (8, 64), False)
+        272
+    """
+    rows, *rest = reversed(shape) if transposed else shape
+    columns: Any = 1
+    for size in rest:
+        columns = columns * size
+    groups = -(-columns // spec.group_size) if spec.group_size else 1
+    scales = groups * (1 if spec.granularity == "tensor" else rows)
+    total = _eighths(rows * columns * spec.bits) + scales * _SCALE_BYTES[spec.scale_format]
+    if spec.symmetric:
+        return total
+    return total + (_eighths(scales * spec.bits) if spec.zero_format == "code" else 2 * scales)
 
 
 class _Straight(torch.autograd.Function):

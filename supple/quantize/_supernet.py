@@ -72,6 +72,13 @@ class BitsRule(Rule):
         """
         return Labels(loss)
 
+    def adapt(self, net: Elastic) -> None:
+        """Is called when a run begins, also one that resumes.
+
+        Args:
+            net: The network.
+        """
+
     def prepare(self, net: Elastic) -> None:
         """Is called by `supple.train` before a run that does not resume.
 
@@ -107,6 +114,7 @@ class BitsRule(Rule):
         """
         bits_axis(net)
         assert isinstance(net, Elastic)
+        self.adapt(net)
         source = torch.Generator().manual_seed(0) if generator is None else generator
         return SizesRun(
             net,
