@@ -22,8 +22,8 @@ GPTQ's; and it takes no more bits. The idea switched off is GPTQ, and round-to-n
 there are no data.
 
 History: thresholds were set before any run. A pilot with one seed and 16 windows had errors of
-0.0273 and 0.0271 against 0.0464 and 0.0467, perplexities of 40.5 and 40.5 against 42.3 and 41.1,
-and 3.08 bits against 3.15. Not tried in full.
+0.0273 and 0.0271 against 0.0464 and 0.0467, perplexities of 40.5 and 40.5 against 42.3 and
+41.1, and 3.08 bits against 3.15. Not tried in full.
 """
 
 from __future__ import annotations
