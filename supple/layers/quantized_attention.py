@@ -14,7 +14,7 @@ from supple.errors import SettingError
 from supple.formats import QuantSpec, fake_quantize
 from supple.layers.rotations import Rotation
 
-__all__ = ["HeadScale", "QuantizedAttention"]
+__all__ = ["HeadScale", "ProductsBy", "QuantizedAttention"]
 
 
 class HeadScale(Rotation):
@@ -120,7 +120,7 @@ class QuantizedAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Gives what the module gives with rounded keys and values."""
-        with _Products(self):
+        with ProductsBy(self.product):
             return self.layer(*args, **kwargs)
 
     def product(
@@ -144,16 +144,21 @@ class QuantizedAttention(nn.Module):
         return x + (found - x).detach() if x.requires_grad else found
 
 
-class _Products(TorchFunctionMode):
-    """Calls a layer's `product` in place of PyTorch's fused attention."""
+class ProductsBy(TorchFunctionMode):
+    """Has attention computed by another function than PyTorch's fused one.
 
-    def __init__(self, layer: QuantizedAttention) -> None:
+    Args:
+        product: Is called with what `scaled_dot_product_attention` would have been.
+    """
+
+    def __init__(self, product: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._product = layer.product
+        self._product = product
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        """Calls a function of PyTorch's, or the other one."""
         if func is F.scaled_dot_product_attention:
             func = self._product
         return func(*args, **(kwargs or {}))

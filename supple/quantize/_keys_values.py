@@ -7,19 +7,23 @@ and what was done is saved and exported with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from supple.errors import UnsupportedModelError
 from supple.formats import Int, QuantSpec
 from supple.graph.record import record
-from supple.layers.quantized_attention import QuantizedAttention
+from supple.layers.quantized_attention import ProductsBy, QuantizedAttention
 from supple.layers.rotations import Rotation
+from supple.plan import Shadows
 from supple.rebuild import replace
 
-__all__ = ["attention_paths", "cache_spec", "rounding_keys"]
+__all__ = ["attention_paths", "cache_spec", "rounding_keys", "watching"]
 
 
 def cache_spec(bits: int, *, symmetric: bool = False) -> QuantSpec:
@@ -100,3 +104,39 @@ def rounding_keys(
             value_map=(value_maps or {}).get(path),
         ).train(module.training)
     return replace(model, made) if made else model
+
+
+@contextmanager
+def watching(
+    model: nn.Module,
+    paths: Sequence[str],
+    see: Callable[[str, Tensor, Tensor, Tensor], None],
+) -> Iterator[None]:
+    """Shows queries, keys and values of attention while a network runs.
+
+    Args:
+        model: The network.
+        paths: Of the modules that attend, see `attention_paths`.
+        see: Is called with the path, queries, keys and values, each (..., heads, tokens,
+            channels).
+    """
+    undo = Shadows()
+    try:
+        for path in paths:
+            module = model.get_submodule(path)
+            watched = partial(_watched, module.forward, partial(see, path))
+            undo.put(vars(module), "forward", watched)
+        yield
+    finally:
+        undo.end()
+
+
+def _watched(
+    forward: Callable[..., Any], see: Callable[..., None], *args: Any, **kwargs: Any
+) -> Any:
+    def product(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+        see(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, *rest, **named)
+
+    with ProductsBy(product):
+        return forward(*args, **kwargs)

@@ -18,17 +18,23 @@ __all__ = ["block_hadamards", "fuse", "inner", "random_hadamards", "rotated", "r
 
 
 @torch.no_grad()
-def rotated(model: nn.Module, found: Mapping[str, Rotation]) -> nn.Module:
+def rotated(
+    model: nn.Module,
+    found: Mapping[str, Rotation],
+    clips: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Puts a rotation before linear layers, and its counterpart into their weights.
 
     Args:
         model: The network; it is changed.
         found: Name of a weight, as `supple.weights.matrices` gives it, to what maps its
             layer's input.
+        clips: Beyond which share of a token's largest magnitude mapped inputs are clipped, by
+            the same names; by default not at all.
 
     Returns:
-        The network, which computes the same up to rounding. A layer `path` is at `path.layer`
-        then, and its weight's name is `inner(name)`.
+        The network, which without clipping computes the same up to rounding. A layer `path` is
+        at `path.layer` then, and its weight's name is `inner(name)`.
 
     Raises:
         UnsupportedModelError: Several layers share one of the weights, or a layer is not
@@ -55,7 +61,11 @@ def rotated(model: nn.Module, found: Mapping[str, Rotation]) -> nn.Module:
     for name, rotation in found.items():
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
-        wrapped = RotatedInput(layers[name], rotation).to(weight.device)
+        share = (clips or {}).get(name)
+        wrapped = RotatedInput(layers[name], rotation, clipped=share is not None)
+        if share is not None:
+            wrapped.clip = share.detach().float().reshape(1).clone()
+        wrapped = wrapped.to(weight.device)
         made[name.rpartition(".")[0]] = wrapped.train(layers[name].training)
     return replace(model, made) if made else model
 
