@@ -63,7 +63,7 @@ class FakeQuantize(nn.Module):
     Attributes:
         scale: What is learned: scales, or None.
         bound: What is learned: bounds, or None.
-        seed: Of the noise, a whole number as a tensor.
+        seed: Of the noise.
 
     Shape:
         Any, and the same.
@@ -86,7 +86,6 @@ class FakeQuantize(nn.Module):
     most: Tensor | None
     before: nn.Parameter | None
     after: nn.Parameter | None
-    seed: Tensor
 
     def __init__(
         self,
@@ -117,8 +116,7 @@ class FakeQuantize(nn.Module):
         for name in ("before", "after"):
             own = nn.Parameter(torch.zeros(shift)) if shift else None
             self.register_parameter(name, own)
-        drawn = torch.zeros((), dtype=torch.int64)
-        self.register_buffer("seed", drawn if estimator == "noise" else None)
+        self.seed = 0
 
     def _check(self) -> None:
         if self.estimator not in get_args(Estimator):
@@ -261,7 +259,7 @@ class FakeQuantize(nn.Module):
         return found if self.after is None else found + self.after
 
     def _noise(self, rows: Tensor) -> Tensor:
-        source = torch.Generator().manual_seed(int(self.seed))
+        source = torch.Generator().manual_seed(self.seed)
         return (torch.rand(rows.shape, generator=source) - 0.5).to(rows.device)
 
     def extra_repr(self) -> str:

@@ -288,8 +288,9 @@ class Rounding(Companion):
     def _set(self, step: int) -> None:
         for place, layer in enumerate(self.layers.values()):
             layer.frozen = step >= self._until * self.steps
-            for seed in _seeds(layer):
-                seed.fill_(self._first + step * len(self.layers) + place)
+            for rounding in (layer.of_weight, layer.of_input):
+                if isinstance(rounding, FakeQuantize):
+                    rounding.seed = self._first + step * len(self.layers) + place
 
     def state_dict(self) -> dict[str, Any]:
         """Gives everything needed to go on later."""
@@ -313,10 +314,6 @@ def wrapped(model: nn.Module) -> dict[str, FakeQuantized]:
         for path, module in model.named_modules()
         if isinstance(module, FakeQuantized)
     }
-
-
-def _seeds(layer: nn.Module) -> list[Tensor]:
-    return [tensor for name, tensor in layer.named_buffers() if name.endswith("seed")]
 
 
 def _check_own(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
