@@ -1,4 +1,4 @@
-"""`supple prune`: makes one network smaller by one technique, from the command line."""
+"""`supple prune` and `supple quantize`: one network made smaller by one technique."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from supple.errors import SettingError
 if TYPE_CHECKING:
     from supple.recipe.compress import Compressed
 
-__all__ = ["COMMANDS", "compressed", "print_compressed", "prune"]
+__all__ = ["COMMANDS", "compressed", "print_compressed", "prune", "quantize"]
 
 Model = Annotated[
     str,
@@ -32,8 +32,8 @@ Method = Annotated[
     str,
     typer.Option(
         metavar="KEY[:NAME=VALUE,...]",
-        help="The technique and its settings, such as prune/global-mp:sparsity=0.8, or a "
-        "baseline, such as weights/wanda or units/fisher.",
+        help="The technique and its settings, such as prune/global-mp:sparsity=0.8 or "
+        "quantize/awq:bits=4, or a baseline, such as units/fisher or codes/gptq.",
     ),
 ]
 Data = Annotated[
@@ -92,6 +92,41 @@ def prune(
     )  # fmt: skip
 
 
+@plain_errors
+def quantize(
+    model: Model,
+    settings: ModelSettings = None,
+    *,
+    method: Method,
+    data: Data,
+    steps: Steps = 0,
+    lr: Lr = 1e-3,
+    distill: Distill = 0.0,
+    batch_size: Batch = 64,
+    export: Export = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, or engines parted by commas: try them on this machine, and write the "
+            "network for the fastest."
+        ),
+    ] = None,
+    name: Name = None,
+    output: Output = Path("runs"),
+    seed: Seed = 0,
+) -> None:
+    """Quantize a network to few bits: after training, or while it trains.
+
+    Everything goes to one folder; the same command goes on where a run was interrupted.
+    """
+    key, own = _choice(method)
+    compressed(
+        model, settings, key, own, data, steps, lr, distill, batch_size, export, name, output,
+        seed, room="quantize", baselines=("codes", "qat"),
+        engines=engine.split(",") if engine else (),
+    )  # fmt: skip
+
+
 def compressed(
     model: str,
     settings: list[str] | None,
@@ -109,6 +144,7 @@ def compressed(
     *,
     room: str,
     baselines: Sequence[str] = (),
+    engines: Sequence[str] = (),
 ) -> None:
     """Runs a compression of one technique and perhaps fine-tuning, and prints its table."""
     from supple.recipe.baselines import technique_named
@@ -140,6 +176,7 @@ def compressed(
         "batch_size": batch_size,
         "compress": ways,
         "export": export or [],
+        "engines": list(engines),
     }
     console = Console()
     recipe = checked_compression(Source("command line", told))
@@ -181,4 +218,4 @@ def _assigned(parts: list[str]) -> dict[str, Any]:
     return found
 
 
-COMMANDS = (prune,)
+COMMANDS = (prune, quantize)
