@@ -18,7 +18,7 @@ from supple.layers.scaled_input import ScaledInput
 from supple.rebuild import replace
 from supple.weights import as_matrix, from_matrix, groups_of
 
-__all__ = ["by_column", "paths_of", "scaled"]
+__all__ = ["by_channel", "by_column", "paths_of", "scaled"]
 
 
 @torch.no_grad()
@@ -96,6 +96,23 @@ def by_column(layer: nn.Module, scale: Tensor) -> Tensor:
     own = scale.reshape(groups, -1)
     spread = own.repeat_interleave(columns // own.shape[1], 1)
     return spread if groups == 1 else spread.repeat_interleave(outputs // groups, 0)
+
+
+def by_channel(statistic: Tensor, size: int) -> Tensor:
+    """Lays a statistic of a layer's columns out by the channels that they belong to.
+
+    Args:
+        statistic: (columns,), or of a convolution in groups (groups, columns).
+        size: How many channels there are.
+
+    Returns:
+        (size, places of the kernel).
+
+    Example:
+        >>> by_channel(torch.tensor([1.0, 3.0, 2.0, 0.0]), 2).tolist()
+        [[1.0, 3.0], [2.0, 0.0]]
+    """
+    return statistic.reshape(size, -1)
 
 
 def paths_of(model: nn.Module, layers: Iterable[nn.Module]) -> str:
