@@ -44,7 +44,7 @@ __all__ = [
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 ScaleFormat = Literal[
-    "fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "int8", "int4", "shift4"
+    "fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "e8m0-wide", "int8", "int4", "shift4"
 ]
 ZeroFormat = Literal["code", "fp32", "fp16"]
 Range = Callable[[Tensor, "QuantSpec"], tuple[Tensor, Tensor]]
@@ -58,6 +58,7 @@ _SCALE_BITS = {
     "e4m3": 8,
     "e8m0": 8,
     "e8m0-up": 8,
+    "e8m0-wide": 8,
     "int8": 8,
     "int4": 4,
     "shift4": 4,
@@ -567,7 +568,8 @@ class QuantSpec:
         symmetric: Whether there is no zero point $z$; with one, the format has to be `Int`.
         scale_format: `"fp32"`, `"fp16"`, `"bf16"`; `"e8m0"`, powers of two chosen as the
             Microscaling formats do (the largest values may be clipped), `"e8m0-up"`, those not
-            below the scale; `"e4m3"` with one float32 factor for the tensor; `"int8"`,
+            below the scale, `"e8m0-wide"`, the first kind times what is just enough not to clip
+            (4/3 for `e2m1`); `"e4m3"` with one float32 factor for the tensor; `"int8"`,
             `"int4"`, whole numbers from 1 with a float32 factor for each row; `"shift4"`, the
             row's largest scale, in float32, over a power of two up to 2^14, rounded up.
         zero_format: `"code"` for whole zero points within the codes, which make zero exact, or
@@ -805,16 +807,23 @@ class QuantSpec:
             dtype = _SCALE_DTYPES[self.scale_format]
             info = torch.finfo(dtype)
             return scale.clamp(info.smallest_normal, info.max).to(dtype).float()
-        if self.scale_format == "e8m0":
+        if self.scale_format in ("e8m0", "e8m0-wide"):
             # The factor makes up for what the division by the highest value was rounded by.
             reach = (scale * (self.format.most * (1 + 2.0**-22))).log2().floor()
-            return torch.exp2(
-                (reach - math.floor(math.log2(self.format.most))).clamp(-126, 127)
-            )
+            power = (reach - math.floor(math.log2(self.format.most))).clamp(-126, 127)
+            return torch.exp2(power) * self.stretch
         if self.scale_format == "e8m0-up":
             return torch.exp2(scale.log2().ceil().clamp(-126, 127))
         levels, factor = self.scale_levels(scale)
         return levels * factor
+
+    @property
+    def stretch(self) -> float:
+        """What powers of two are multiplied by to give scales."""
+        if self.scale_format != "e8m0-wide":
+            return 1.0
+        most = self.format.most
+        return float(2.0 ** (math.floor(math.log2(most)) + 1) / most)
 
     def scale_levels(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Takes scales that are held relative to a factor apart.

@@ -130,7 +130,8 @@ def test_zero_points_make_zero_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "held", ["fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "int4", "shift4"]
+    "held",
+    ["fp32", "fp16", "bf16", "e4m3", "e8m0", "e8m0-up", "e8m0-wide", "int4", "shift4"],
 )
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e30])
 def test_zeros_and_extremes_stay_finite(held, value) -> None:  # type: ignore[no-untyped-def]
@@ -153,6 +154,10 @@ def test_power_of_two_scales_follow_the_microscaling_rule_or_stay_above() -> Non
     assert above.scales(x)[0].flatten().tolist() == [2.0, 2.0, 1.0, 0.5]
     many = 2.0 ** torch.arange(-20, 20)[:, None]
     assert torch.equal(floor.scales(many)[0], many / 4)
+    wide = dataclasses.replace(floor, scale_format="e8m0-wide")
+    torch.testing.assert_close(wide.scales(x)[0], floor.scales(x)[0] * 4 / 3)
+    reach = many.cumsum(0).log10()  # of any size
+    assert bool((6 * wide.scales(reach)[0] >= reach.abs() * (1 - 1e-6)).all())
 
 
 def test_scales_of_few_bits_come_apart_without_loss() -> None:

@@ -185,7 +185,8 @@ class _Scales:
         if self.spec.scale_format in _HELD:
             held["scale"] = scale.to(_HELD[self.spec.scale_format])
         elif self.levels is None:
-            held["scale"] = (scale.log2().round() + 127).byte()
+            powers = (scale / self.spec.stretch).log2().round()
+            held["scale"] = (powers + 127).byte()
         else:
             levels, held["factor"] = self.spec.scale_levels(scale)
             held["scale"] = pack_codes(self.levels.encode(levels), self.levels.bits)
@@ -201,7 +202,7 @@ class _Scales:
         if self.spec.scale_format in _HELD:
             scale = scale.float()
         elif self.levels is None:
-            scale = torch.exp2(scale.float() - 127)
+            scale = torch.exp2(scale.float() - 127) * self.spec.stretch
         else:
             codes = unpack_codes(scale, self.levels.bits, self.shape[0] * self.shape[1])
             scale = self.levels.decode(codes).reshape(self.shape) * held["factor"]
