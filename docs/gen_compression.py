@@ -28,6 +28,19 @@ widths. {packages}.
 """
 
 
+PRUNE_LLM = """## A pruned language model
+
+The small Llama (6 blocks, 5.5 M parameters) is pruned in one go, nothing is trained: half of
+its weights, two of each four neighbours, or 30 % of its heads and neurons. All arms of a seed
+see the same {windows} windows of the text that the network was trained on. Perplexity is that of
+{tested} windows that it has not seen, the mean over the seeds (in brackets) with the standard
+deviation. *Seconds* are of one core, *peak* is what pruning held beside the network.
+`magnitude`, `wanda`, `sparsegpt`, `flap` and `taylor` are Supple's implementations of them; arms
+that begin with *supple* have more to them. Of ARMOR's parameters the zeros are not stored, but its
+wrappers are. {packages}.
+"""
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the page.
 
@@ -52,6 +65,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     text = "# Smaller networks, measured\n"
     if "prune" in found:
         text += "\n" + prune(found["prune"])
+    if "prune_llm" in found:
+        text += "\n" + prune_llm(found["prune_llm"])
     return text
 
 
@@ -83,6 +98,42 @@ def prune(result: dict[str, Any]) -> str:
             )
     failed = {arm: c["why"] for (arm, *_), c in rows if not c["ran"]}
     return text + "".join(f"\n{arm} failed: `{why}`\n" for arm, why in failed.items())
+
+
+def prune_llm(result: dict[str, Any]) -> str:
+    """Gives the tables of `benchmarks.prune_llm`."""
+    setting = result["setting"]
+    text = PRUNE_LLM.format(
+        windows=setting["windows"],
+        tested=setting["tested"],
+        packages=", ".join(result["packages"]),
+    )
+    text += f"\n`{result['command']}` on {result['machine']}.\n"
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, cell in result["cells"].items():
+        what, _, rest = name.partition("/")
+        rows.setdefault((what, rest.rpartition("/")[0]), []).append(cell)
+    (dense,) = rows.pop(("dense", "dense"))
+    for told in dict.fromkeys(what for what, _ in rows):
+        text += f"\n### {told}\n\n| arm | perplexity | parameters | zeros | seconds | peak |\n"
+        text += f"|---|---|---|---|---|---|\n| dense | {dense['perplexity']:.2f} | | | | |\n"
+        for (what, arm), cells in rows.items():
+            ran = [cell for cell in cells if cell["ran"]]
+            if what != told or not ran:
+                continue
+            values = [cell["perplexity"] for cell in ran]
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            mean = {key: fmean(cell[key] for cell in ran) for key in _MEANT}
+            text += (
+                f"| {arm} | {fmean(values):.2f}{spread} ({len(values)}) | "
+                f"{mean['params'] / 1e6:.2f} M | {mean['zeros']:.0%} | {mean['seconds']:.1f} | "
+                f"{mean['peak_bytes'] / 1e6:.0f} MB |\n"
+            )
+    failed = {arm: c["why"] for (_, arm), cells in rows.items() for c in cells if not c["ran"]}
+    return text + "".join(f"\n{arm} failed: `{why}`\n" for arm, why in failed.items())
+
+
+_MEANT = ("params", "zeros", "seconds", "peak_bytes")
 
 
 def _accuracy(cells: list[dict[str, Any]]) -> str:
