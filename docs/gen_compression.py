@@ -32,12 +32,12 @@ PRUNE_LLM = """## A pruned language model
 
 The small Llama (6 blocks, 5.5 M parameters) is pruned in one go, nothing is trained: half of
 its weights, two of each four neighbours, or 30 % of its heads and neurons. All arms of a seed
-see the same {windows} windows of the text that the network was trained on. Perplexity is that of
-{tested} windows that it has not seen, the mean over the seeds (in brackets) with the standard
-deviation. *Seconds* are of one core, *peak* is what pruning held beside the network.
-`magnitude`, `wanda`, `sparsegpt`, `flap` and `taylor` are Supple's implementations of them; arms
-that begin with *supple* have more to them. Of ARMOR's parameters the zeros are not stored, but its
-wrappers are. {packages}.
+see the same {windows} windows of the text that the network was trained on. Perplexity is that
+of {tested} windows that it has not seen, the mean over the seeds (in brackets) with the
+standard deviation. *Seconds* are of one core, *peak* is what pruning held beside the network.
+`magnitude`, `wanda`, `sparsegpt`, `flap` and `taylor` are Supple's implementations of them;
+arms that begin with *supple* have more to them. Of ARMOR's parameters the zeros are not
+stored, but its wrappers are. {packages}.
 """
 
 
