@@ -16,8 +16,9 @@ not seen; bits count codes, scales, zero points and the bit that tells a group's
 Thresholds, from the catalogue: below the draws, and below uniform 2 bits, at no more bits.
 
 History: thresholds were set before any run. For normally distributed weights halving the groups
-gains more than 4 bits for 9 % of them, so the second claim needs weights with heavy tails: it
-may fail. Not tried in full.
+gains more than 4 bits for 9 % of them, so the second claim needs weights with heavy tails. A
+pilot on 8 windows had 46.9 by range, 47.3 drawn, and 45.5 with small groups throughout: the
+second claim failed there. Not tried in full.
 """
 
 from __future__ import annotations
