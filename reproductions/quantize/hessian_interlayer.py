@@ -18,9 +18,10 @@ Thresholds, from the catalogue: no more bits than by the Hessians alone (by a tw
 orders may be the same), fewer than in a drawn order, a tau that is higher, and at most
 2 log2(20) + 4 evaluations.
 
-History: thresholds were set before any run. A pilot with one seed and 64 images for the search had
-3.99 bits with interactions, 4.00 by the Hessians alone and 4.00 in a drawn order, taus of 0.28,
-0.21 and -0.26, and 9 evaluations each: bits may well be too alike to tell. Not tried in full.
+History: thresholds were set before any run. A pilot with one seed and 64 images for the search
+had 3.99 bits with interactions, 4.00 by the Hessians alone and 4.00 in a drawn order, taus of
+0.28, 0.21 and -0.26, and 9 evaluations each: bits may well be too alike to tell. Not tried in
+full.
 """
 
 from __future__ import annotations
