@@ -18,7 +18,7 @@ from supple.layers.scaled_input import ScaledInput
 from supple.rebuild import replace
 from supple.weights import as_matrix, from_matrix, groups_of
 
-__all__ = ["by_channel", "by_column", "paths_of", "scaled"]
+__all__ = ["by_channel", "by_column", "matrix_of", "paths_of", "put", "scaled", "within"]
 
 
 @torch.no_grad()
@@ -113,6 +113,40 @@ def by_channel(statistic: Tensor, size: int) -> Tensor:
         [[1.0, 3.0], [2.0, 0.0]]
     """
     return statistic.reshape(size, -1)
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """Gives a layer's weight as a matrix, float32: see `supple.weights.as_matrix`.
+
+    Args:
+        layer: The layer.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return as_matrix(layer, weight).detach().float()
+
+
+@torch.no_grad()
+def put(layer: nn.Module, matrix: Tensor) -> None:
+    """Gives a layer the weight of a matrix.
+
+    Args:
+        layer: The layer; it is changed.
+        matrix: As `matrix_of` gives it.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    weight.copy_(from_matrix(layer, matrix))
+
+
+def within(feed: Feed, path: str) -> bool:
+    """Tells whether all layers that see a tensor lie within one module.
+
+    Args:
+        feed: What the layers see.
+        path: The module's path.
+    """
+    return all(name.startswith(f"{path}.") for name in feed.consumers)
 
 
 def paths_of(model: nn.Module, layers: Iterable[nn.Module]) -> str:

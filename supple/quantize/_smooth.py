@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from supple.calibrate import statistics
+from supple.calibrate import (
+    BlockPass,
+    LayerStatistics,
+    Observer,
+    block_by_block,
+    blocks_of,
+    statistics,
+)
 from supple.errors import SettingError
 from supple.graph.feeds import Feed, feeds
-from supple.quantize._equivalent import by_channel, paths_of, scaled
+from supple.quantize._equivalent import by_channel, paths_of, scaled, within
 from supple.quantize.base import MOST_BITS, Quantizer
 from supple.transforms import Given
 from supple.weights import as_matrix, matrices
 
-__all__ = ["Scaling", "SmoothQuant", "largest_inputs", "largest_weights"]
+__all__ = ["Scaling", "SmoothQuant", "in_turn", "largest_inputs", "largest_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +60,8 @@ class Scaling(Quantizer):
         """Scales channels, quantizes the weights, and puts the result into the model."""
         if not self.rounds:
             return model
-        model, within = self.prepared(model, given)
-        return within.install(model, within.quantized(model, given), given)
+        model, inner = self.prepared(model, given)
+        return inner.install(model, inner.quantized(model, given), given)
 
     @torch.no_grad()
     def prepared(self, model: nn.Module, given: Given) -> tuple[nn.Module, Scaling]:
@@ -115,6 +122,43 @@ class SmoothQuant(Scaling):
             yield feed, scale.clamp_min(1e-5)
 
 
+def in_turn(
+    model: nn.Module,
+    found: Sequence[Feed],
+    given: Given,
+    want: Sequence[str],
+    observers: Mapping[str, Callable[[], Observer]] | None,
+) -> Iterator[tuple[BlockPass | None, list[Feed], Mapping[str, LayerStatistics]]]:
+    """Walks through a network and gathers statistics of what layers see, block by block.
+
+    Args:
+        model: The model; the loop's body must not change it.
+        found: What its layers see.
+        given: Calibration batches.
+        want: Statistics: see `supple.calibrate`.
+        observers: More of these, by name.
+
+    Yields:
+        A block, the feeds whose layers all lie in it, and statistics by the name of a weight;
+        in the end None and the feeds that belong to no block.
+    """
+    left = list(found)
+    paths = [path for path in blocks_of(model) if any(within(feed, path) for feed in found)]
+    for pass_ in block_by_block(model, given.batches, blocks=paths) if paths else ():
+        inside = [feed for feed in left if within(feed, pass_.path)]
+        left = [feed for feed in left if feed not in inside]
+        if inside:
+            layers = _layers(inside)
+            yield pass_, inside, pass_.statistics(want, layers, observers=observers)
+    if left:
+        layers = _layers(left)
+        yield None, left, statistics(model, given.batches, want, layers, observers=observers)
+
+
+def _layers(found: Sequence[Feed]) -> str:
+    return ", ".join(name.rpartition(".")[0] for feed in found for name in feed.consumers)
+
+
 def largest_inputs(
     model: nn.Module, found: Sequence[Feed], given: Given
 ) -> Mapping[Feed, Tensor]:
@@ -130,8 +174,7 @@ def largest_inputs(
     """
     if not found:
         return {}
-    paths = ", ".join(feed.consumers[0].rpartition(".")[0] for feed in found)
-    seen = statistics(model, given.batches, ("absmax",), paths)
+    seen = statistics(model, given.batches, ("absmax",), _layers(found))
     return {
         feed: by_channel(seen[feed.consumers[0]].absmax, feed.size).amax(1) for feed in found
     }

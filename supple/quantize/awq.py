@@ -12,27 +12,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from supple.calibrate import (
-    BlockPass,
-    LayerStatistics,
-    block_by_block,
-    blocks_of,
-    in_order,
-    statistics,
-)
+from supple.calibrate import BlockPass, LayerStatistics, in_order
 from supple.errors import SettingError
 from supple.formats import Quantized, QuantSpec, fake_quantize, quantize
 from supple.graph.equivalents import plain_implementations
 from supple.graph.feeds import Feed, compared
 from supple.graph.record import output_tensors
 from supple.plan import Shadows
-from supple.quantize._equivalent import by_channel, by_column
-from supple.quantize._smooth import Scaling
+from supple.quantize._equivalent import by_channel, by_column, matrix_of, put
+from supple.quantize._smooth import Scaling, in_turn
 from supple.quantize._solvers import output_error
 from supple.quantize.base import MOST_BITS
 from supple.technique import register
 from supple.transforms import Given
-from supple.weights import as_matrix, from_matrix, matrices
+from supple.weights import matrices
 
 __all__ = ["AWQ", "drawn_in"]
 
@@ -138,32 +131,15 @@ class AWQ(Scaling):
         """Gives the factors with which rounded weights change outputs least."""
         if not self.rounds_weights:
             return
-        left = list(found)
-        paths = [
-            path for path in blocks_of(model) if any(_within(feed, path) for feed in found)
-        ]
         with plain_implementations(model):  # what runs again must not add to a cache
-            for pass_ in block_by_block(model, given.batches, blocks=paths) if paths else ():
-                inside = [feed for feed in left if _within(feed, pass_.path)]
-                left = [feed for feed in left if feed not in inside]
-                yield from self._of_block(model, inside, pass_)
-            if left:
-                seen = statistics(
-                    model, given.batches, _WANT, _paths(left), observers=_OBSERVERS
-                )
-                for feed in left:
-                    yield feed, self._factors(model, feed, seen)
-
-    def _of_block(
-        self, model: nn.Module, inside: Sequence[Feed], pass_: BlockPass
-    ) -> Iterator[tuple[Feed, Tensor]]:
-        if not inside:
-            return
-        seen = pass_.statistics(_WANT, _paths(inside), observers=_OBSERVERS)
-        for feed in inside:
-            around = _around(model, feed)
-            run = None if around is None else (around, _calls(pass_, around))
-            yield feed, self._factors(model, feed, seen, run)
+            for pass_, inside, seen in in_turn(model, found, given, _WANT, _OBSERVERS):
+                for feed in inside:
+                    around = None if pass_ is None else _around(model, feed)
+                    if pass_ is None or around is None:
+                        yield feed, self._factors(model, feed, seen)
+                    else:
+                        run = around, _calls(pass_, around)
+                        yield feed, self._factors(model, feed, seen, run)
 
     @torch.no_grad()
     def _factors(
@@ -174,9 +150,7 @@ class AWQ(Scaling):
         run: tuple[nn.Module, _Calls] | None = None,
     ) -> Tensor:
         """Tries the exponents on one feed."""
-        first = seen[feed.consumers[0]]
-        inputs = by_channel(first["input_abs"], feed.size).mean(1) / first.rows
-        inputs = feed.tied(inputs.float())
+        inputs = feed.tied(self.importance(model, feed, seen[feed.consumers[0]]))
         layers = {name: model.get_submodule(_path(name)) for name in feed.consumers}
         best, least = torch.ones_like(inputs), float("inf")
         for number in range(self.candidates):
@@ -191,9 +165,23 @@ class AWQ(Scaling):
                 best, least = scale, error
         return best
 
+    def importance(self, model: nn.Module, feed: Feed, seen: LayerStatistics) -> Tensor:
+        """Says how much channels matter: by the mean magnitude of what layers see.
+
+        Args:
+            model: The model.
+            feed: What its layers see.
+            seen: Statistics of the first of them.
+
+        Returns:
+            (size,), 0 or more.
+        """
+        found = by_channel(seen["input_abs"], feed.size).mean(1) / seen.rows
+        return found.float()
+
     def _tried(self, name: str, layer: nn.Module, scale: Tensor) -> Tensor:
         """Gives a matrix that was rounded with factors, and divided by them again."""
-        matrix = _matrix(layer)
+        matrix = matrix_of(layer)
         columns = by_column(layer, scale)
         return fake_quantize(matrix * columns, self.spec_of(name, matrix)) / columns
 
@@ -217,12 +205,12 @@ class AWQ(Scaling):
         layers = matrices(model, self.layers)
         for seen in in_order(model, given.batches, ("gram",), self.layers):
             for name, one in seen.items():
-                matrix = _matrix(layers[name])
+                matrix = matrix_of(layers[name])
                 spec = self.spec_of(name, matrix)
                 clip = 0.0 if name in whole else self.clip
                 least, most = drawn_in(matrix, one.gram, spec, clip, self.candidates)
                 found[name] = quantize(matrix, spec, *spec.scales_of(least, most))
-                _put(layers[name], found[name].dequantize())
+                put(layers[name], found[name].dequantize())
         return found
 
 
@@ -310,16 +298,8 @@ _WANT = ("gram", "input_abs")
 _OBSERVERS = {"input_abs": _Magnitudes}
 
 
-def _within(feed: Feed, path: str) -> bool:
-    return all(name.startswith(f"{path}.") for name in feed.consumers)
-
-
 def _path(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _paths(found: Sequence[Feed]) -> str:
-    return ", ".join(_path(name) for feed in found for name in feed.consumers)
 
 
 def _around(model: nn.Module, feed: Feed) -> nn.Module | None:
@@ -364,17 +344,17 @@ def _changed(
     rounded: Mapping[str, Tensor],
 ) -> float:
     """Gives by how much a module's outputs change, in squares, with rounded weights."""
-    before = {name: _matrix(layer).clone() for name, layer in layers.items()}
+    before = {name: matrix_of(layer).clone() for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            _put(layer, rounded[name])
+            put(layer, rounded[name])
         return math.fsum(
             float((output_tensors(module(*args, **kwargs))[0] - given).square().sum())
             for args, kwargs, given in calls
         )
     finally:
         for name, layer in layers.items():
-            _put(layer, before[name])
+            put(layer, before[name])
 
 
 def _lost(
@@ -384,18 +364,6 @@ def _lost(
 ) -> float:
     """Gives by how much layers' outputs change, in squares, with rounded weights."""
     return math.fsum(
-        float(output_error(rounded[name] - _matrix(layer), seen[name].gram))
+        float(output_error(rounded[name] - matrix_of(layer), seen[name].gram))
         for name, layer in layers.items()
     )
-
-
-def _matrix(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return as_matrix(layer, weight).detach().float()
-
-
-def _put(layer: nn.Module, matrix: Tensor) -> None:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    weight.copy_(from_matrix(layer, matrix))
