@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,8 +16,8 @@ from supple.errors import SettingError
 from supple.formats import Granularity, Int, QuantSpec
 from supple.graph.feeds import Feed, feeds
 from supple.layers.dual_grained import DualGrained, DualGrainedLinear
-from supple.observers import RangeObserver
 from supple.quantize._equivalent import scaled
+from supple.quantize._ranges import fixed_ranges
 from supple.quantize.base import MOST_BITS, Input, Quantizer, Solved
 from supple.technique import register
 from supple.transforms import Given
@@ -201,9 +200,7 @@ class DGQ(Quantizer):
         if self.activations is None or self.activations >= MOST_BITS:
             return {}
         spec = QuantSpec(Int(self.activations, narrow=True), "tensor")
-        watch = {"range": partial(RangeObserver, spec)}
-        seen = statistics(model, given.batches, ["range"], self.layers, observers=watch)
-        return {name: (spec, one["range"]) for name, one in seen.items()}
+        return fixed_ranges(model, given, spec, self.layers)
 
     def pack(self, module: nn.Module, solved: Solved, given: Input | None) -> nn.Module | None:
         """Makes the layer of whole-number products.

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from supple.allocate import Curve, dynamic_program
 from supple.errors import SettingError, nearest
-from supple.formats import Int, Quantized, QuantSpec, quantize
+from supple.formats import Granularity, Int, Quantized, QuantSpec, quantize
 from supple.quantize._bits import Trial, hessian_traces, interactions, lowered
-from supple.quantize.base import MOST_BITS, Quantizer
+from supple.quantize._fold import fold_norms
+from supple.quantize._ranges import fixed_ranges
+from supple.quantize.base import MOST_BITS, Input, Quantizer
 from supple.technique import register
 from supple.training.batches import run_model
 from supple.transforms import Given
@@ -56,6 +58,10 @@ class HessianInterlayer(Quantizer):
         symmetric: Whether there are no zero points.
         scale_format: How scales are held; see `supple.formats.QuantSpec`.
         activations: Bits of the layers' inputs, or None to leave them as they are.
+        granularity: Who shares the scale of an input: a `"token"` (of a convolution an
+            example), found as it comes, or the whole `"tensor"`, with zero points and the range
+            of the calibration data; batch norms are then folded into the layers before them,
+            and engines can multiply whole numbers.
         layers: Shell-style pattern of the layers' paths; several are parted by commas, and `!`
             before one leaves out.
         packed: Whether layers hold codes in place of weights.
@@ -93,6 +99,7 @@ class HessianInterlayer(Quantizer):
     mean_bits: float | None = None
     together: Together = "rest"
     samples: int = 64
+    granularity: Granularity = "token"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(map(int, self.levels)))
@@ -104,6 +111,8 @@ class HessianInterlayer(Quantizer):
                 f"levels must begin with {MOST_BITS} at most and end with bits={self.bits}, "
                 f"got {self.levels}"
             )
+        if self.granularity not in ("token", "tensor"):
+            raise SettingError(f"granularity must be token or tensor, got {self.granularity!r}")
         if self.format is not None:
             raise SettingError("levels are of whole numbers: leave format=None")
         if not 0 <= self.rise < math.inf:
@@ -125,6 +134,27 @@ class HessianInterlayer(Quantizer):
     def neutral(cls) -> HessianInterlayer:
         """Gives the setting that rounds nothing."""
         return cls(bits=MOST_BITS, levels=(MOST_BITS,))
+
+    @property
+    def has_fixed_inputs(self) -> bool:
+        """Whether inputs are rounded with one scale for all of them."""
+        rounded = self.activations is not None and self.activations < MOST_BITS
+        return rounded and self.granularity == "tensor"
+
+    @torch.no_grad()
+    def change(self, model: nn.Module, given: Given) -> nn.Module:
+        """Folds norms where engines want it, and quantizes."""
+        if self.has_fixed_inputs:
+            model = fold_norms(model, *given.inputs())
+        return super().change(model, given)
+
+    def inputs(self, model: nn.Module, given: Given) -> dict[str, Input]:
+        """Gives how inputs are rounded: by token, or with the range of calibration data."""
+        if not self.has_fixed_inputs:
+            return super().inputs(model, given)
+        assert self.activations is not None
+        spec = QuantSpec(Int(self.activations, symmetric=False), "tensor", symmetric=False)
+        return fixed_ranges(model, given, spec, self.layers)
 
     @torch.no_grad()
     def quantized(self, model: nn.Module, given: Given) -> dict[str, Quantized]:

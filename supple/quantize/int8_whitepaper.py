@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from supple.calibrate import statistics
 from supple.errors import SettingError, nearest
 from supple.formats import Granularity, Int, NumberFormat, QuantSpec
-from supple.observers import RANGES, RangeObserver
+from supple.observers import RANGES
 from supple.quantize._fold import fold_norms
+from supple.quantize._ranges import fixed_ranges
 from supple.quantize.base import MOST_BITS, Input, Quantizer
 from supple.technique import register
 from supple.transforms import Given
@@ -149,8 +148,6 @@ class Int8Whitepaper(Quantizer):
             return {}
         assert self.activations is not None
         spec = QuantSpec(Int(self.activations, symmetric=False), "tensor", symmetric=False)
-        watch = partial(RangeObserver, spec, self.observer, self.decay)
-        seen = statistics(
-            model, given.batches, ["range"], self.layers, observers={"range": watch}
+        return fixed_ranges(
+            model, given, spec, self.layers, observer=self.observer, decay=self.decay
         )
-        return {name: (spec, one["range"]) for name, one in seen.items()}

@@ -146,3 +146,22 @@ def test_bisection_asks_little_and_finds_the_most() -> None:
 def test_settings_that_can_not_be_used_say_so(settings, match: str) -> None:
     with pytest.raises(SettingError, match=match):
         HessianInterlayer(**settings)
+
+
+def test_fixed_inputs_fold_norms_and_take_the_range_of_the_data() -> None:
+    source = generator()
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    x = torch.rand(6, 2, 2, 2, generator=source)
+    with torch.no_grad():
+        model.eval()[1].running_mean.uniform_(generator=source)
+    method = HessianInterlayer(
+        levels=(16, 8, 4), mean_bits=8.0, samples=2, activations=8, granularity="tensor"
+    )
+    small = method.apply(
+        model, calibration=[(x,)], loss=lambda output, _: output.square().mean()
+    )
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in small.modules())
+    first = small[0]
+    assert first.fixed_input
+    assert float(first.input_scale) == pytest.approx(float(x.max()) / 255, rel=1e-5)
+    torch.testing.assert_close(small(x), model(x), rtol=0.05, atol=0.05)
