@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -186,10 +187,14 @@ class _Moving(BitsSampler):
         drawn = dict(self.rounded.random(self.generator))
         for site in self.net.space.sites:
             if isinstance(site, BitsSite) and site.name in drawn:
-                bits = np.array(site.choices[:-1], dtype=np.float64)
-                mean = bits[0] + place * (bits[-1] - bits[0])
-                drawn[site.name] = int(source.choice(bits, p=leaning(bits, mean)))
+                bits = site.choices[:-1]
+                drawn[site.name] = int(source.choice(bits, p=_leaning(bits, place)))
         return self.net.space.config(drawn)
+
+
+@lru_cache
+def _leaning(bits: tuple[int, ...], place: float) -> np.ndarray:
+    return leaning(np.array(bits, dtype=np.float64), bits[0] + place * (bits[-1] - bits[0]))
 
 
 def leaning(values: np.ndarray, mean: float) -> np.ndarray:
