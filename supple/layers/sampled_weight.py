@@ -27,7 +27,7 @@ class SampledWeight(FakeQuantize):
     gradient of $w$ is the identity's.
 
     In evaluation mode, and in `quantized`, numbers are floats with 3 bits of exponent and
-    $b - 2$ of mantissa, with $b$ the mean of all blocks, rounded up: what noise of that size
+    $b - 2$ of mantissa, with $b$ the mean of all blocks, rounded: what noise of that size
     stands for. Neighbours in a row of a block share a scale, a power of two.
 
     Args:
@@ -96,8 +96,7 @@ class SampledWeight(FakeQuantize):
         return _float(int(self._width()))
 
     def _width(self) -> Tensor:
-        # What was never changed is not to be rounded up for a last bit.
-        return (self.widths().detach().mean() - 1e-4).ceil()
+        return self.widths().detach().mean().round()
 
     def forward(self, x: Tensor) -> Tensor:
         """Adds noise, or rounds."""

@@ -67,7 +67,7 @@ class GaussWS(RoundingRule):
     Differs:
         $R$ is a rounded normal number itself; the paper's kernel draws one much like it from
         bits. The largest magnitude of a block has no gradient. In the end a whole matrix has
-        the mean of its blocks' bits, rounded up. Which floats stand for $b$ bits of noise is
+        the mean of its blocks' bits, rounded. Which floats stand for $b$ bits of noise is
         ours: those of 6 bits for 4, as the paper has it. `weight_decay` is not told by the
         source that was at hand; short runs need far more than the default.
     Checked:
