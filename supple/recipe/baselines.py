@@ -11,7 +11,7 @@ prune` and `supple quantize` name them by family:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from supple.errors import SettingError, nearest
@@ -19,6 +19,7 @@ from supple.prune import _units
 from supple.prune import base as prune
 from supple.quantize import _qat
 from supple.quantize import base as quantize
+from supple.quantize._smooth import SmoothQuant
 from supple.technique import Technique, from_settings, make
 
 __all__ = ["technique_named"]
@@ -47,21 +48,28 @@ def technique_named(key: str, settings: Mapping[str, Any] | None = None) -> Tech
     family, _, name = key.partition("/")
     given = dict(settings or {})
     if family == "units":
-        _known(name, dict.fromkeys(_units.SCORES), family)
+        _check(name, _units.SCORES, family)
         return _made(_units.ScoredUnits, {"score": name, **given}, key)
     if family in _FAMILIES:
-        cls, settings_of = _FAMILIES[family]
-        return _made(cls, {**_known(name, settings_of, family), **given}, key)
+        _check(name, _FAMILIES[family], family)
+        cls, own = _FAMILIES[family][name]
+        return _made(cls, {**own, **given}, key)
     made: Technique = from_settings(key, given)
     return made
 
 
-_FAMILIES: Mapping[str, tuple[type[Technique], Mapping[str, Any]]] = {
-    "weights": (prune.Weights, prune.BASELINES),
-    "codes": (quantize.Weights, quantize.BASELINES),
-    "qat": (_qat.QAT, _qat.BASELINES),
+def _all(
+    cls: type[Technique], baselines: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[type[Technique], Mapping[str, Any]]]:
+    return {name: (cls, settings) for name, settings in baselines.items()}
+
+
+_FAMILIES: Mapping[str, Mapping[str, tuple[type[Technique], Mapping[str, Any]]]] = {
+    "weights": _all(prune.Weights, prune.BASELINES),
+    "codes": {**_all(quantize.Weights, quantize.BASELINES), "smoothquant": (SmoothQuant, {})},
+    "qat": _all(_qat.QAT, _qat.BASELINES),
 }
-"""The class of a family's baselines, and the settings of each by name."""
+"""The class and the settings of each baseline, by family and name."""
 
 
 def _made(cls: type[Technique], settings: Mapping[str, Any], key: str) -> Technique:
@@ -69,10 +77,10 @@ def _made(cls: type[Technique], settings: Mapping[str, Any], key: str) -> Techni
     return made
 
 
-def _known(name: str, names: Mapping[str, Any], family: str) -> Mapping[str, Any]:
-    if name not in names:
+def _check(name: str, names: Iterable[str], family: str) -> None:
+    known = list(names)
+    if name not in known:
         raise SettingError(
-            f"there is no baseline '{family}/{name}'{nearest(name, names)} "
-            f"(baselines: {', '.join(f'{family}/{one}' for one in names)})"
+            f"there is no baseline '{family}/{name}'{nearest(name, known)} "
+            f"(baselines: {', '.join(f'{family}/{one}' for one in known)})"
         )
-    return names[name] or {}
