@@ -47,15 +47,14 @@ class ScaledInput(nn.Module):
         self.layer, self.dim = layer, dim
         self.register_buffer("factor", torch.ones(size))
 
-    @property
-    def weight(self) -> Any:
-        """The layer's weight."""
-        return self.layer.weight
-
-    @property
-    def bias(self) -> Any:
-        """The layer's bias."""
-        return self.layer.bias
+    def __getattr__(self, name: str) -> Any:
+        """Gives what the layer tells of itself, such as `weight` or `stride`."""
+        if name in ("layer", "factor") or name.startswith("_"):
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
 
     @torch.no_grad()
     def set_factor(self, factor: Tensor) -> ScaledInput:

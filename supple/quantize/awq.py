@@ -24,6 +24,7 @@ from supple.quantize._smooth import Scaling, in_turn
 from supple.quantize._solvers import output_error
 from supple.quantize.base import MOST_BITS
 from supple.technique import register
+from supple.training.batches import mapped
 from supple.transforms import Given
 from supple.weights import matrices
 
@@ -332,8 +333,9 @@ def _calls(pass_: BlockPass, module: nn.Module) -> _Calls:
 
 
 def _noting(found: _Calls, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    kept = mapped((args, kwargs), torch.clone)  # it may work in place
     result = forward(*args, **kwargs)
-    found.append((args, kwargs, output_tensors(result)[0].clone()))
+    found.append((*kept, output_tensors(result)[0].clone()))
     return result
 
 
@@ -348,13 +350,17 @@ def _changed(
     try:
         for name, layer in layers.items():
             put(layer, rounded[name])
-        return math.fsum(
-            float((output_tensors(module(*args, **kwargs))[0] - given).square().sum())
-            for args, kwargs, given in calls
-        )
+        return math.fsum(_difference(module, *call) for call in calls)
     finally:
         for name, layer in layers.items():
             put(layer, before[name])
+
+
+def _difference(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Tensor
+) -> float:
+    args, kwargs = mapped((args, kwargs), torch.clone)
+    return float((output_tensors(module(*args, **kwargs))[0] - before).square().sum())
 
 
 def _lost(

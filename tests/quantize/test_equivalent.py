@@ -40,6 +40,7 @@ def test_layers_scale_where_nothing_else_can(tmp_path: object) -> None:
         other = scaled(other, feed, factors(feed.size))
     wrapped = [path for path, one in other.named_modules() if isinstance(one, ScaledInput)]
     assert wrapped == ["0", "10"]
+    assert (other[0].stride, other[10].in_features) == ((1, 1), 5)  # others may ask for these
     torch.testing.assert_close(other(x), model(x))
     layers = [other[0].layer, other[8]]
     assert paths_of(other, layers) == "0.layer, 8"
