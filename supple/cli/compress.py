@@ -192,8 +192,8 @@ def print_compressed(finished: Compressed, console: Console) -> None:
     wide = console if console.width >= 110 else Console(width=110)
     wide.print()
     wide.print(steps_table(finished.summary))
-    if finished.summary.trials:
-        wide.print(engines_table(finished.summary.trials))
+    if (engines := finished.summary.engines) is not None:
+        wide.print(engines_table(engines.trials, engines.before))
     for label, path in (("report", finished.report), ("network", finished.network)):
         console.print(f"{label:8} {path}", highlight=False, soft_wrap=True)
     for path in finished.files:

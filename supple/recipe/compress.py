@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -43,6 +44,7 @@ from supple.recipe.schema import Choice, Compression, Step, Tune
 from supple.recipe.stage import Outcome, Record, RunFolder, written_once
 from supple.recipe.supernet import training_settings
 from supple.recipe.tasks import Task, task_of
+from supple.report.engines import Engines
 from supple.report.steps import StepsSummary, write_steps
 from supple.technique import Rule, Transform
 from supple.training.batches import example_of, run_model
@@ -111,8 +113,8 @@ def run_compression(
             do = functools.partial(work.step, name, step, index, steps[-1])
             steps.append(_Line.said(told, name, what, do))
         exported = work.export(steps[-1])
-        trials = work.deploy(steps[-1]) if recipe.engines else ()
-        summary = _summary(work, steps, exported, trials)
+        engines = work.deploy(steps[0], steps[-1]) if recipe.engines else None
+        summary = _summary(work, steps, exported, engines)
         report, *_ = write_steps(summary, run.path)
     files = tuple(run.path / name for name in exported.result["files"])
     return Compressed(run.path, summary, report, steps[-1].record.folder / NETWORK, files)
@@ -300,27 +302,36 @@ class _Work:
 
         return self.run.perform("export", inputs, work)
 
-    def deploy(self, last: _Line) -> tuple[Trial, ...]:
-        """Tries the engines that were asked for, and writes the network for the fastest."""
-        engines = self.recipe.engines
-        threads = self.recipe.threads or 1
+    def deploy(self, first: _Line, last: _Line) -> Engines:
+        """Tries the engines that were asked for, and writes the network for the fastest.
+
+        The network as it was given is tried, too, to tell how much faster it became.
+        """
+        engines, threads = self.recipe.engines, self.recipe.threads or 1
         inputs = {
             "before": last.record.digest,
             "engines": list(engines),
             "threads": threads,
             "device": device_name(threads=threads),
         }
+        chosen = None if "auto" in engines else engines
+
+        def tried(line: _Line, place: Path) -> list[Trial]:
+            network, (args, kwargs) = self._network(line.record), self.example
+            return deploy(network, place, args, kwargs, engines=chosen, threads=threads)
 
         def work(folder: Path) -> Outcome:
-            network, place = self._network(last.record), folder / DEPLOYED
-            args, kwargs = self.example
-            chosen = None if "auto" in engines else engines
-            trials = deploy(network, place, args, kwargs, engines=chosen, threads=threads)
+            place = folder / DEPLOYED
+            trials = tried(last, place)
+            with tempfile.TemporaryDirectory() as beside:
+                before = tried(first, Path(beside) / DEPLOYED)
             files = tuple(path for path in sorted(place.rglob("*")) if path.is_file())
-            return Outcome({"trials": [vars(one) for one in trials]}, files)
+            result = {"trials": [vars(one) for one in trials]}
+            return Outcome(result | {"before": [vars(one) for one in before]}, files)
 
-        found = self.run.perform("deploy", inputs, work).result["trials"]
-        return tuple(Trial(**one) for one in found)
+        found = self.run.perform("deploy", inputs, work).result
+        trials, before = ([Trial(**one) for one in found[key]] for key in ("trials", "before"))
+        return Engines(tuple(trials), tuple(before))
 
     def _perform(
         self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], nn.Module]
@@ -364,7 +375,7 @@ def _zeros(module: nn.Module) -> float:
 
 
 def _summary(
-    work: _Work, steps: list[_Line], exported: Record, trials: tuple[Trial, ...]
+    work: _Work, steps: list[_Line], exported: Record, engines: Engines | None
 ) -> StepsSummary:
     lines = [
         {"name": line.name, "what": line.what, "seconds": line.record.seconds}
@@ -377,7 +388,7 @@ def _summary(
         tests=work.splits.test.examples,
         steps=tuple(lines),
         files=tuple(exported.result["files"]),
-        trials=trials,
+        engines=engines,
         device=steps[0].record.result["device"],
         recipe=recipe_text(work.recipe),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
@@ -10,47 +11,63 @@ from rich.table import Table
 from supple.deploy.engines import Trial
 from supple.report.words import seconds_text
 
-__all__ = ["engine_rows", "engines_table"]
-
-HEAD = ("engine", "latency", "difference", "note")
+__all__ = ["Engines", "engine_rows", "engines_table"]
 
 
-def engine_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
-    """Gives the table's cells, a row for each engine.
+@dataclass(frozen=True)
+class Engines:
+    """Engines that were tried for a network, and for what it was made from.
+
+    Args:
+        trials: What came of each, the fastest first.
+        before: The same of the network at the start.
+    """
+
+    trials: tuple[Trial, ...]
+    before: tuple[Trial, ...]
+
+
+def engine_rows(trials: Sequence[Trial], before: Sequence[Trial] = ()) -> list[tuple[str, ...]]:
+    """Gives the table's cells: the head, and a row for each engine.
 
     Args:
         trials: What came of each, as `supple.deploy.engines.deploy` gives it.
+        before: The same of a network to set against this one.
     """
-    return [
-        (
-            one.engine,
-            "" if one.seconds is None else seconds_text(one.seconds),
-            "" if one.error is None else f"{one.error:.1g}",
-            one.refused,
-        )
-        for one in trials
-    ]
+    was = {one.engine: one.seconds for one in before}
+    rows = [("engine", *(["before"] if before else []), "latency", "difference", "note")]
+    for one in trials:
+        earlier = [_told(was.get(one.engine))] if before else []
+        error = "" if one.error is None else f"{one.error:.1g}"
+        rows.append((one.engine, *earlier, _told(one.seconds), error, one.refused))
+    return rows
 
 
-def engines_table(trials: Sequence[Trial]) -> Table:
+def _told(seconds: float | None) -> str:
+    return "" if seconds is None else seconds_text(seconds)
+
+
+def engines_table(trials: Sequence[Trial], before: Sequence[Trial] = ()) -> Table:
     """Gives a table of the engines that were tried, the fastest first.
 
     Args:
         trials: What came of each.
+        before: The same of a network to set against this one.
 
     Returns:
         A table for `rich.print`.
     """
+    head, *rows = engine_rows(trials, before)
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption="latency: of one forward; difference: of the outputs from the network's, over "
-        "their largest magnitude.",
+        caption="latency: of one forward; difference: of the outputs from the network's in "
+        "PyTorch, over their largest magnitude.",
         caption_justify="left",
         pad_edge=False,
         padding=(0, 1),
     )
-    for name in HEAD:
-        table.add_column(name, justify="right" if name in HEAD[1:3] else "left")
-    for row in engine_rows(trials):
+    for name in head:
+        table.add_column(name, justify="left" if name in ("engine", "note") else "right")
+    for row in rows:
         table.add_row(*row)
     return table

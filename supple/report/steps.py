@@ -13,8 +13,7 @@ from rich import box
 from rich.table import Table
 
 from supple import files
-from supple.deploy.engines import Trial
-from supple.report.engines import HEAD, engine_rows
+from supple.report.engines import Engines, engine_rows
 from supple.report.plots import steps_figure, svg_text, write_png
 from supple.report.style import STYLE
 from supple.report.words import bytes_text, count_text, metric_text, seconds_text, step_text
@@ -36,7 +35,7 @@ class StepsSummary:
             `costs`, `zeros` (share of the weights), `latency` and `spread` (seconds),
             `file_bytes`, `seconds` (of the step's work).
         files: What the last network was exported to, relative to the run's folder.
-        trials: What came of the engines that were tried, the fastest first.
+        engines: What came of the engines that were tried; None where none were.
         device: What was measured on.
         recipe: The recipe as YAML text.
     """
@@ -46,7 +45,7 @@ class StepsSummary:
     tests: int
     steps: tuple[Mapping[str, Any], ...]
     files: tuple[str, ...]
-    trials: tuple[Trial, ...]
+    engines: Engines | None
     device: str
     recipe: str
 
@@ -161,13 +160,15 @@ def steps_html(summary: StepsSummary) -> str:
 
 def _engines(summary: StepsSummary) -> str:
     """A table of the engines that were tried, if any."""
-    if not summary.trials:
+    if summary.engines is None:
         return ""
-    rows = "".join(_row(row, "td") for row in engine_rows(summary.trials))
+    head, *rows = engine_rows(summary.engines.trials, summary.engines.before)
+    cells = "".join(_row(row, "td") for row in rows)
     return (
-        "<section><h2>Engines</h2><p>One forward of one example of the last network, and the "
-        "largest difference of an output from PyTorch's, over the largest magnitude.</p>"
-        f'<div class="scroll"><table class="wrap">{_row(HEAD, "th")}{rows}</table></div>'
+        "<section><h2>Engines</h2><p>One forward of one example of the last network, that of "
+        "the one at the start, and the largest difference of an output from what the last "
+        "network gives in PyTorch, over the largest magnitude.</p>"
+        f'<div class="scroll"><table class="wrap">{_row(head, "th")}{cells}</table></div>'
         "</section>"
     )
 

@@ -210,3 +210,36 @@ def test_every_shipped_recipe_of_a_compression_runs_dry(tmp_path, name) -> None:
 def own() -> torch.nn.Module:
     """A network that only code can build."""
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+
+def test_engines_are_tried_on_the_network_and_on_what_it_was_made_from(tmp_path) -> None:
+    found = run(
+        tmp_path, "compress=[{weights/magnitude: {sparsity: 0.5}}]", "engines=[pytorch]"
+    )
+    assert [one.engine for one in found.summary.engines.trials] == ["pytorch"]
+    assert [one.engine for one in found.summary.engines.before] == ["pytorch"]
+    assert (found.folder / "deploy" / "deployed" / "engine.json").is_file()
+    again = run(
+        tmp_path, "compress=[{weights/magnitude: {sparsity: 0.5}}]", "engines=[pytorch]"
+    )
+    assert again.summary.engines == found.summary.engines
+    assert run(tmp_path).summary.engines is None
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_of_few_bits_runs_dry(tmp_path) -> None:
+    write_images(tmp_path)
+    overrides = [
+        f"output={tmp_path}",
+        f"data={{images: {{path: {tmp_path}, validation: 0.2}}}}",
+        "model.cifar-resnet={depth: 20}",
+        "compress.0.quantize/hessian-interlayer.samples=2",
+        "calibration_batches=1",
+        "export=[]",
+        "engines=[onnxruntime]",
+    ]
+    recipe = load_compression(ROOT / "recipes" / "quantize-resnet.yaml", overrides)
+    found = run_compression(recipe, progress=False)
+    sizes = [step["file_bytes"] for step in found.summary.steps]
+    assert sizes[1] < sizes[0] / 5
+    assert found.summary.engines.trials[0].seconds > 0

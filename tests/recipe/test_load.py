@@ -163,3 +163,4 @@ def test_every_shipped_recipe_loads_and_survives_being_written_and_read(path):
 def test_recipes_of_both_kinds_are_shipped():
     shipped = {path.stem for path in RECIPES}
     assert {"digits", "cifar-resnet", "llama-text", "prune-resnet", "prune-llama"} <= shipped
+    assert "quantize-resnet" in shipped

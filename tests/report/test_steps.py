@@ -9,6 +9,7 @@ from rich.console import Console
 
 from supple.deploy.engines import Trial
 from supple.files import read_json
+from supple.report.engines import Engines
 from supple.report.steps import StepsSummary, steps_html, steps_table, write_steps
 
 
@@ -26,9 +27,12 @@ SUMMARY = StepsSummary(
     tests=1000,
     steps=(step("start", 0.9, 1000), step("1-prune-global-mp", 0.85, 500, zeros=0.25)),
     files=("export/network.onnx",),
-    trials=(
-        Trial("onnxruntime", 0.0012, 3e-8),
-        Trial("openvino-bf16", 0.001, 0.2, "differs by <0.2>"),
+    engines=Engines(
+        (
+            Trial("onnxruntime", 0.0012, 3e-8),
+            Trial("openvino-bf16", 0.001, 0.2, "differs by <0.2>"),
+        ),
+        (Trial("onnxruntime", 0.0048, 3e-8), Trial("openvino-bf16", refused="missing")),
     ),
     device="a machine",
     recipe="name: <small>",
@@ -55,14 +59,14 @@ def test_the_page_escapes_what_it_is_given_and_links_the_files() -> None:
     assert "name: &lt;small&gt;" in page
     assert '<a href="export/network.onnx">' in page
     assert "in 1 step. " in page
-    assert "<td>onnxruntime</td><td>1.2 ms</td>" in page
+    assert "<td>onnxruntime</td><td>4.8 ms</td><td>1.2 ms</td>" in page
     assert "differs by &lt;0.2&gt;" in page
     assert "<script" not in page
     assert 'src="http' not in page
 
 
 def test_without_engines_the_page_says_nothing_of_them() -> None:
-    assert "Engines" not in steps_html(dataclasses.replace(SUMMARY, trials=()))
+    assert "Engines" not in steps_html(dataclasses.replace(SUMMARY, engines=None))
 
 
 def test_page_figures_and_picture_are_written(tmp_path) -> None:
