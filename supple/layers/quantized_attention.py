@@ -83,6 +83,7 @@ class QuantizedAttention(nn.Module):
             all.
         key_map: What keys are mapped by, or None.
         value_map: What values are mapped by, or None.
+        queries: How queries are rounded, each token of each head by itself, or None.
 
     Shape:
         That of the module.
@@ -103,10 +104,11 @@ class QuantizedAttention(nn.Module):
         *,
         key_map: Rotation | None = None,
         value_map: Rotation | None = None,
+        queries: QuantSpec | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.spec = QuantSpec(**spec) if isinstance(spec, Mapping) else spec
+        self.spec, self.queries = _spec(spec), _spec(queries)
         self.key_map, self.value_map = key_map, value_map
 
     def settings(self) -> dict[str, Any]:
@@ -116,6 +118,7 @@ class QuantizedAttention(nn.Module):
             "spec": None if self.spec is None else self.spec.settings(),
             "key_map": self.key_map,
             "value_map": self.value_map,
+            "queries": None if self.queries is None else self.queries.settings(),
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,16 +135,28 @@ class QuantizedAttention(nn.Module):
         if self.value_map is not None:
             value = self.value_map(value)
         mixed = F.scaled_dot_product_attention(
-            query, self.rounded(key), self.rounded(value), *args, **kwargs
+            _rounded(query, self.queries),
+            self.rounded(key),
+            self.rounded(value),
+            *args,
+            **kwargs,
         )
         return mixed if self.value_map is None else self.value_map.inverse(mixed)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Rounds keys or values; the gradient passes unchanged."""
-        if self.spec is None:
-            return x
-        found = fake_quantize(x.detach(), self.spec)
-        return x + (found - x).detach() if x.requires_grad else found
+        return _rounded(x, self.spec)
+
+
+def _spec(given: QuantSpec | Mapping[str, Any] | None) -> QuantSpec | None:
+    return QuantSpec(**given) if isinstance(given, Mapping) else given
+
+
+def _rounded(x: Tensor, spec: QuantSpec | None) -> Tensor:
+    if spec is None:
+        return x
+    found = fake_quantize(x.detach(), spec)
+    return x + (found - x).detach() if x.requires_grad else found
 
 
 class ProductsBy(TorchFunctionMode):

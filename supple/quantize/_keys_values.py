@@ -81,6 +81,7 @@ def rounding_keys(
     spec: QuantSpec | None,
     key_maps: Mapping[str, Rotation] | None = None,
     value_maps: Mapping[str, Rotation] | None = None,
+    queries: QuantSpec | None = None,
 ) -> nn.Module:
     """Lets attention round its keys and values.
 
@@ -90,6 +91,7 @@ def rounding_keys(
         spec: How; None: not at all.
         key_maps: What keys are mapped by before, by path.
         value_maps: What values are mapped by before, by path.
+        queries: How queries are rounded; None: not at all.
 
     Returns:
         The network.
@@ -102,6 +104,7 @@ def rounding_keys(
             spec,
             key_map=(key_maps or {}).get(path),
             value_map=(value_maps or {}).get(path),
+            queries=queries,
         ).train(module.training)
     return replace(model, made) if made else model
 
