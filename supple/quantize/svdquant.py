@@ -216,7 +216,7 @@ class SVDQuant(Scaling):
         rounded = sample if rounding is None else fake_quantize(sample, rounding)
         best: LowRankCorrected | None = None
         least, codes = float("inf"), torch.zeros_like(matrix)
-        for _ in range(iterations):
+        for _ in range(iterations if self.rank else 1):
             up, down = _thin(matrix - codes, self.rank)
             rest = matrix - up.float() @ down.float()
             quantized = quantize(rest, spec)
@@ -281,6 +281,10 @@ def _thin(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     It is found by the eigenvectors of the smaller product of the matrix with itself, in double
     precision, which takes far less time than its singular values do.
     """
+    if not rank:
+        return matrix.new_zeros(len(matrix), 0).half(), matrix.new_zeros(
+            0, len(matrix.T)
+        ).half()
     wide = matrix.double()
     turned = wide.shape[0] > wide.shape[1]
     wide = wide.T if turned else wide
