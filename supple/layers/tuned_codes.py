@@ -61,7 +61,9 @@ class TunedCodes(nn.Module):
     def _farthest(self, away: Tensor, share: float) -> Tensor:
         """Gives the places of the largest of some distances, (n,)."""
         count = max(1, math.ceil(share * away.numel()))
-        return away.flatten().topk(min(count, away.numel())).indices
+        if count >= away.numel():
+            return torch.arange(away.numel(), device=away.device)
+        return away.flatten().topk(count).indices
 
 
 class TunedScalars(TunedCodes):
@@ -200,14 +202,20 @@ class TunedVectors(TunedCodes):
         book, short = self._held(), -rows % self.vector
         padded = F.pad(aim, (0, 0, 0, short)).reshape(-1, self.vector, columns)
         vectors = padded.transpose(1, 2).reshape(-1, self.vector)
-        counts = vectors.new_ones(len(vectors), self.vector)
-        if short:  # what lies beyond the last row counts nothing
-            counts[-columns:, self.vector - short :] = 0
         codes = self.codes.view(-1)
-        away = ((vectors - book[codes]).square() * counts).sum(1)
-        places = self._farthest(away, share)
+        apart = vectors - book[codes]
+        if short:  # what lies beyond the last row counts nothing
+            apart[-columns:, self.vector - short :] = 0
+        places = self._farthest(apart.square().sum(1), share)
         before = codes[places]
-        some, weights = vectors[places], counts[places]
-        products = -2 * (some * weights) @ book.T + weights @ book.square().T
-        codes[places] = products.argmin(1).int()
+        codes[places] = _nearest(vectors[places], book)
+        if short:
+            last, real = places >= len(vectors) - columns, self.vector - short
+            codes[places[last]] = _nearest(vectors[places[last], :real], book[:, :real])
         return int((codes[places] != before).sum()) / codes.numel()
+
+
+def _nearest(vectors: Tensor, book: Tensor) -> Tensor:
+    """Gives the place of the nearest entry of a book for each vector."""
+    away = torch.addmm(book.square().sum(1), vectors, book.T, alpha=-2)
+    return away.argmin(1).int()
