@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class BitStack(ModelTransform):
             self._scale(model, set(found), given, examples)
         made = {_path(name): self._stacked(module) for name, module in found.items()}
         model = replace(model, made)
-        self._sort(model, made, given, examples[: self.rows])
+        self._sort(model, made, given)
         if self.budget is not None:
             Stack(model).fit(self.budget)
         return model
@@ -162,12 +163,12 @@ class BitStack(ModelTransform):
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         given: Given,
-        examples: Sequence[Any],
     ) -> None:
         """Gives each block its place: level by level, within a level by the loss with it."""
         stacks = {path: one for path, one in layers.items() if isinstance(one, StackedSigns)}
         places: dict[str, list[int]] = {path: [i] for i, path in enumerate(stacks)}
-        losses = _next_losses(model, stacks, given, examples) if self.sort else {}
+        batches = _first(given.batches, self.rows)
+        losses = _next_losses(model, stacks, given, batches) if self.sort else {}
         for level in range(1, self.levels):
             order = list(stacks)
             if self.sort:
@@ -182,7 +183,7 @@ class BitStack(ModelTransform):
 
 
 def _next_losses(
-    model: nn.Module, stacks: Mapping[str, StackedSigns], given: Given, examples: Sequence[Any]
+    model: nn.Module, stacks: Mapping[str, StackedSigns], given: Given, batches: Sequence[Any]
 ) -> dict[tuple[str, int], float]:
     """Gives the loss where all layers have so many blocks and one of them has one more.
 
@@ -196,7 +197,7 @@ def _next_losses(
                 layer.keep(level)
             for path, layer in stacks.items():
                 layer.keep(level + 1)
-                found[path, level] = _loss(model, given, examples)
+                found[path, level] = _loss(model, given, batches)
                 layer.keep(level)
     for layer in stacks.values():
         layer.keep(None)
@@ -208,9 +209,25 @@ def _next_losses(
     return found
 
 
-def _loss(model: nn.Module, given: Given, examples: Sequence[Any]) -> float:
-    losses = [float(given.criterion(run_model(model, one), one)) for one in examples]
-    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+def _first(batches: Sequence[Any], rows: int) -> list[Any]:
+    """Gives batches with the first so many examples."""
+    found: list[Any] = []
+    for batch in batches:
+        size = batch_size(batch)
+        if size > rows > 0:
+            found += split(batch, size)[:rows]
+        elif rows > 0:
+            found.append(batch)
+        rows -= size
+    return found
+
+
+def _loss(model: nn.Module, given: Given, batches: Sequence[Any]) -> float:
+    sizes = [batch_size(batch) for batch in batches]
+    losses = [float(given.criterion(run_model(model, one), one)) for one in batches]
+    if not all(map(math.isfinite, losses)):
+        return math.nan
+    return math.fsum(map(operator.mul, losses, sizes)) / sum(sizes)
 
 
 class _Norms:
