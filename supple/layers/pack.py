@@ -78,7 +78,7 @@ def pack(
         return PackedLinear.from_quantized(
             module, quantized, input=input, input_range=input_range
         )
-    if input is None or input.granularity in ("tensor", "channel"):
+    if input is None or input.granularity == "tensor":
         return PackedConv2d.from_quantized(
             module, quantized, input=input, input_range=input_range
         )

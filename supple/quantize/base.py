@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from supple.calibrate import LayerStatistics, Observer, in_order
 from supple.errors import SettingError, nearest
@@ -31,7 +30,7 @@ from supple.formats import (
     number_format,
     quantize,
 )
-from supple.layers.packed import PackedConv2d, PackedLinear
+from supple.layers.pack import pack, packable, round_input
 from supple.layers.quantized_input import QuantizedInput
 from supple.layers.rotations import Rotation
 from supple.observers import RANGES
@@ -279,7 +278,7 @@ class Quantizer(ModelTransform):
             The layer, or None where there is none that could take the place of such a module.
         """
         assert isinstance(solved, Quantized)
-        return _packed(module, solved, given) if packable(module) else None
+        return pack(module, solved, *(given or ())) if packable(module) else None
 
     def install(self, model: nn.Module, found: Mapping[str, Solved], given: Given) -> nn.Module:
         """Puts layers that hold codes, and layers that round their inputs, in their places.
@@ -315,37 +314,7 @@ def rounded_input(layer: nn.Module, given: Input) -> QuantizedInput:
         >>> rounded_input(nn.Linear(2, 3), (QuantSpec("int8", "token"), None)).static
         False
     """
-    spec, scales = given
-    made = QuantizedInput(layer, spec, static=scales is not None)
-    return made if scales is None else made.set_scale(*scales)
-
-
-def packable(module: nn.Module) -> bool:
-    """Tells whether a layer of `supple.layers.packed` can take a layer's place.
-
-    Args:
-        module: A layer with a weight; of a subclass, which may do more, it is not known.
-
-    Example:
-        >>> packable(nn.Linear(2, 3)), packable(nn.Conv1d(2, 3, 1))
-        (True, False)
-    """
-    if type(module) is nn.Conv2d:
-        return module.padding_mode == "zeros"
-    return type(module) in (nn.Linear, Conv1D)
-
-
-def _packed(module: nn.Module, quantized: Quantized, given: Input | None) -> nn.Module:
-    """Makes the layer of packed codes, which rounds its input where it can."""
-    spec, scales = given or (None, None)
-    if isinstance(module, nn.Conv2d):
-        if spec is None or spec.granularity == "tensor":
-            return PackedConv2d.from_quantized(
-                module, quantized, input=spec, input_range=scales
-            )
-        layer = PackedConv2d.from_quantized(module, quantized)
-        return QuantizedInput(layer, spec)
-    return PackedLinear.from_quantized(module, quantized, input=spec, input_range=scales)
+    return round_input(layer, *given)
 
 
 @dataclass(frozen=True, kw_only=True)
