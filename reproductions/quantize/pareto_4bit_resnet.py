@@ -13,13 +13,14 @@ layer have 8 bits. A MAC costs in proportion to its bits, 2 counting as 4.
 Thresholds, from the catalogue: for every network of 16 bits there is one of 8 or 4 that costs
 no more and is at most 0.5 points worse (three test images; the catalogue asks for none); the
 4-bit networks' hypervolume above 80 % is larger than the 16-bit ones'; 2 bits are worse than 4
-at the same size; as in the paper, 4 bits lose at most 1 point on average; and at 2 bits training
-with rounding is better by 10 points than rounding afterwards, which is the idea switched off.
+at the same size; as in the paper, 4 bits lose at most 1 point on average; and at 2 bits
+training with rounding is better by 10 points than rounding afterwards, which is the idea
+switched off.
 
-History: all thresholds but the last were set before any run. A trial with 40 steps, one seed and
-8 channels had 90.6, 92.5, 89.9 and 62.9 % at 16, 8, 4 and 2 bits, and 90.4, 90.3 and 23.3 % with
-rounding afterwards: at 4 bits that hardly loses here, so the last claim was added. Not tried in
-full.
+History: all thresholds but the last were set before any run. A trial with 40 steps, one seed
+and 8 channels had 90.6, 92.5, 89.9 and 62.9 % at 16, 8, 4 and 2 bits, and 90.4, 90.3 and 23.3 %
+at 8, 4 and 2 with rounding afterwards: at 4 bits that hardly loses here, so the last claim was
+added. Not tried in full.
 """
 
 from __future__ import annotations
