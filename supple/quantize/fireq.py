@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from supple.quantize._rotary import RotaryKeys, rotary_keys, scale_pairs
 from supple.quantize._smooth import Scaling, largest_inputs, largest_weights
 from supple.quantize.base import MOST_BITS, Input, Solved
 from supple.technique import register
-from supple.training.batches import run_model
+from supple.training.batches import batch_size, example_of, run_model, split
 from supple.transforms import Given, evaluating
 
 __all__ = ["FireQ"]
@@ -175,7 +175,7 @@ class FireQ(Scaling):
         if (self.kv_bits or MOST_BITS) >= MOST_BITS:
             return super().change(model, given)
         assert self.kv_bits is not None
-        paths = attention_paths(model, *given.inputs())
+        paths = attention_paths(model, *_one_example(given))
         if self.pairs:
             self._scale_pairs(model, paths, given)
         maps = self._maps(model, paths, given) if self.channels else {}
@@ -189,7 +189,7 @@ class FireQ(Scaling):
     def _scale_pairs(self, model: nn.Module, paths: Sequence[str], given: Given) -> None:
         largest = _largest_keys(model, paths, given)
         sizes = {path: one.shape[-1] for path, one in largest.items()}
-        found = rotary_keys(model, sizes, *given.inputs())
+        found = rotary_keys(model, sizes, *_one_example(given))
         norms = _largest_keys(model, paths, given, found)
         for path, keys in found.items():
             scale_pairs(model, keys, _even(_by_key_head(model, keys, norms[path])))
@@ -212,6 +212,12 @@ class FireQ(Scaling):
             maps[path] = HeadScale(*largest.shape).to(largest.device)
             maps[path].scale.copy_(_even(largest).clamp_max(1))
         return maps
+
+
+def _one_example(given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives a call with one example of the first batch: trying layouts takes many runs."""
+    batch = given.batches[0]
+    return example_of(split(batch, batch_size(batch))[0])
 
 
 def _largest_keys(
