@@ -9,11 +9,11 @@ Set-up: matrices of 256 x 512 numbers of Student's t with 3 degrees of freedom, 
 nearest with and without a rotation of blocks of 128, for each seed; and the pretrained small
 Llama, calibrated on 16 windows of 128 tokens, other ones for each seed. Its figure is the
 perplexity on the first 24 windows of text that the network has not seen, weights in MXFP4
-(powers of two times 4/3 in all arms) and inputs as they are; with inputs in MXFP4, too, it
-stands in the details.
+(powers of two times 4/3 in all arms, for the largest magnitude: the search takes too long here)
+and inputs as they are; with inputs in MXFP4, too, it stands in the details.
 
 Arms: the technique; GPTQ; rounding to the nearest. Switched off it is GPTQ in the order of the
-inputs' size, with searched scales, and nothing is rotated.
+inputs' size, with scales fixed before, and nothing is rotated.
 
 Thresholds, from the catalogue: in MXFP4 the mean squared error is at least 15 % lower with the
 rotation; in NVFP4 it is not lower; perplexity is lower than with GPTQ, and GPTQ's lower than
@@ -46,7 +46,7 @@ __all__ = ["DATA", "OFF", "ON", "SEEDS", "claims"]
 SEEDS = (0, 1, 2)
 SEEN, TESTED = 16, 24
 
-ON = MRGPTQ(activations=None, packed=False)
+ON = MRGPTQ(observer="minmax", activations=None, packed=False)
 OFF = dataclasses.replace(ON, diagonal=1)
 _FORMAT: dict[str, Any] = {
     "format": "e2m1",
