@@ -27,6 +27,7 @@ from supple.calibrate import statistics
 from supple.errors import SettingError, UnsupportedModelError, nearest
 from supple.formats import Granularity, Int, QuantSpec
 from supple.layers.fake_quantize import Estimator, FakeQuantize, FakeQuantized
+from supple.network import Elastic, elastic
 from supple.quantize._fold import folds
 from supple.quantize.base import MOST_BITS, Input, Weights, rounded_input
 from supple.rebuild import note_transform, replace
@@ -36,7 +37,7 @@ from supple.training.step import Network, module_of
 from supple.transforms import check_finite
 from supple.weights import matrices
 
-__all__ = ["BASELINES", "QAT", "Rounding", "RoundingRule", "baseline", "wrapped"]
+__all__ = ["BASELINES", "QAT", "Rounding", "RoundingRule", "baseline", "toy", "wrapped"]
 
 _SAMPLES = 4096
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -314,6 +315,24 @@ def wrapped(model: nn.Module) -> dict[str, FakeQuantized]:
         for path, module in model.named_modules()
         if isinstance(module, FakeQuantized)
     }
+
+
+def toy(rule: RoundingRule) -> Elastic:
+    """Gives a small network for conformance, from 5 numbers to 3, always with the same weights.
+
+    Args:
+        rule: It has to leave a layer out, so that there is something whose size can vary.
+    """
+    source = torch.Generator().manual_seed(11)
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(
+            nn.Linear(5, 11), nn.ReLU(), nn.Linear(11, 7), nn.ReLU(), nn.Linear(7, 3)
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.4, 0.4, generator=source)
+    x = torch.linspace(-1, 1, 10).reshape(2, 5)
+    return elastic(rule.wrap(model, (x,)), (x,), verify=False)
 
 
 def _check_own(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

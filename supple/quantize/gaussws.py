@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 from supple.errors import SettingError
 from supple.layers.fake_quantize import FakeQuantized
 from supple.layers.sampled_weight import SampledWeight
-from supple.network import Elastic, elastic
-from supple.quantize._qat import Rounding, RoundingRule
+from supple.network import Elastic
+from supple.quantize._qat import Rounding, RoundingRule, toy
 from supple.quantize.base import MOST_BITS
 from supple.technique import register
-from supple.testing.toys import mlp
 
 __all__ = ["GaussWS"]
 
@@ -95,7 +94,7 @@ class GaussWS(RoundingRule):
     @classmethod
     def examples(cls) -> list[Self]:
         """Gives small blocks, whose bits decay fast."""
-        return [cls(group_size=4, weight_decay=0.5, layers="4")]
+        return [cls(initial_bits=5, group_size=4, weight_decay=0.5, layers="4")]
 
     @classmethod
     def neutral(cls) -> Self:
@@ -105,8 +104,7 @@ class GaussWS(RoundingRule):
     @classmethod
     def toy(cls) -> Elastic:
         """Gives a network with weights that are sampled."""
-        x = torch.zeros(2, 5)
-        return elastic(cls.examples()[0].wrap(mlp().train(), (x,)), (x,), verify=False)
+        return toy(cls.examples()[0])
 
     def _sampled(self, shape: tuple[int, int]) -> SampledWeight | None:
         if not self.rounds_weights:

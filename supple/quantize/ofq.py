@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from supple.errors import SettingError
 from supple.formats import Int, Midrise, QuantSpec
 from supple.layers.fake_quantize import FakeQuantize, FakeQuantized
-from supple.network import Elastic, elastic
-from supple.quantize._qat import Rounding, RoundingRule, wrapped
+from supple.network import Elastic
+from supple.quantize._qat import Rounding, RoundingRule, toy, wrapped
 from supple.technique import register
-from supple.testing.toys import mlp
 from supple.training.companion import Companion
 from supple.training.step import Network, module_of
 from supple.weights import from_matrix
@@ -105,8 +104,7 @@ class OFQ(RoundingRule):
     @classmethod
     def toy(cls) -> Elastic:
         """Gives a network with layers that round."""
-        x = torch.linspace(-1, 1, 10).reshape(2, 5)
-        return elastic(cls.examples()[0].wrap(mlp().train(), (x,)), (x,), verify=False)
+        return toy(cls.examples()[0])
 
     def _spec(self) -> QuantSpec:
         return QuantSpec(Midrise(self.bits), "channel", scale_format=self.scale_format)  # type: ignore[arg-type]

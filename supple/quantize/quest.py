@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -13,10 +12,9 @@ from supple.errors import SettingError
 from supple.formats import Midrise, QuantSpec
 from supple.layers.fake_quantize import FakeQuantize
 from supple.layers.rotations import BlockHadamard
-from supple.network import Elastic, elastic
-from supple.quantize._qat import RoundingRule
+from supple.network import Elastic
+from supple.quantize._qat import RoundingRule, toy
 from supple.technique import register
-from supple.testing.toys import mlp
 
 __all__ = ["QuEST"]
 
@@ -49,6 +47,7 @@ class QuEST(RoundingRule):
         packed: Whether linear layers hold codes in place of weights in the end.
 
     Example:
+        >>> import torch
         >>> rule = QuEST(bits=2, activations=None, diagonal=1)
         >>> layer = nn.Linear(5, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -1.0, 0.2, 0.3, -9.0]]))
@@ -101,8 +100,7 @@ class QuEST(RoundingRule):
     @classmethod
     def toy(cls) -> Elastic:
         """Gives a network with layers that round."""
-        x = torch.zeros(2, 5)
-        return elastic(cls.examples()[0].wrap(mlp().train(), (x,)), (x,), verify=False)
+        return toy(cls.examples()[0])
 
     def _weight_spec(self) -> QuantSpec:
         return QuantSpec(Midrise(self.bits), "channel", scale_format=self.scale_format)  # type: ignore[arg-type]
