@@ -8,7 +8,7 @@ sizes with scales fixed before, MXFP4 loses less than with GPTQ, and that less t
 Set-up: matrices of 256 x 512 numbers of Student's t with 3 degrees of freedom, rounded to the
 nearest with and without a rotation of blocks of 128, for each seed; and the pretrained small
 Llama, calibrated on 16 windows of 128 tokens, other ones for each seed. Its figure is the
-perplexity on the first 24 windows of text that the network has not seen, weights in MXFP4
+perplexity on the first 16 windows of text that the network has not seen, weights in MXFP4
 (powers of two times 4/3 in all arms, for the largest magnitude: the search takes too long here)
 and inputs as they are; with inputs in MXFP4, too, it stands in the details.
 
@@ -21,7 +21,9 @@ that of rounding.
 
 History: thresholds were set before any run. A pilot of the matrices alone had errors of 0.0230
 and 0.0133 in MXFP4, without and with the rotation, and 0.0083 and 0.0093 in NVFP4 (the
-catalogue's probe: 0.0206, 0.0133, 0.0084 and 0.0093). Not tried in full.
+catalogue's probe: 0.0206, 0.0133, 0.0084 and 0.0093). With one seed and 8 windows to calibrate
+on and 8 to test the technique had 41.73, where the network itself has 41.10; searched scales
+took too long. Not tried in full.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from supple.training.seeds import generator
 __all__ = ["DATA", "OFF", "ON", "SEEDS", "claims"]
 
 SEEDS = (0, 1, 2)
-SEEN, TESTED = 16, 24
+SEEN, TESTED = 16, 16
 
 ON = MRGPTQ(observer="minmax", activations=None, packed=False)
 OFF = dataclasses.replace(ON, diagonal=1)

@@ -17,7 +17,9 @@ Thresholds, from the catalogue: lower perplexity than GPTQ, GPTQ's lower than th
 to the nearest, lower than with drawn groups; and a mean of exactly 2 bits a weight, scales,
 zero points and layout not counted (with them it stands in the details).
 
-History: thresholds were set before any run. Not tried in full.
+History: thresholds were set before any run. A pilot of one seed with 8 windows to calibrate on
+and 8 to test had 49.2 (2.62 bits with everything) and GPTQ 53.8 (2.56); the network itself has
+41.1. Not tried in full.
 """
 
 from __future__ import annotations
