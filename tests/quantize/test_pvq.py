@@ -168,9 +168,10 @@ def test_rows_and_inputs_of_zeros_are_no_trouble() -> None:
     assert not small.weight[3].allclose(torch.zeros(11))
 
 
-def test_convolutions_stay_and_hold_rounded_weights() -> None:
-    conv = nn.Conv2d(3, 4, 3)
-    small = PVQ(vector=3, solver="nearest").apply(nn.Sequential(conv))[0]
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_stay_and_hold_rounded_weights(groups: int) -> None:
+    conv, x = nn.Conv2d(4, 6, 3, groups=groups), torch.randn(5, 4, 6, 6, generator=generator())
+    small = PVQ(vector=3).apply(nn.Sequential(conv), calibration=[(x,)])[0]
     assert type(small) is nn.Conv2d
     lost = (small.weight - conv.weight).norm() / conv.weight.norm()
     assert 0 < lost < 0.4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from supple.calibrate import statistics
 from supple.errors import SettingError
@@ -147,6 +148,23 @@ def test_inputs_that_are_zero_and_weights_that_are_alike_are_no_trouble() -> Non
     changed = VPTQ(vector=4).apply(layer, calibration=zeros)
     torch.testing.assert_close(changed.weight, layer.weight)
     assert changed.parts[0][2] == (3,)  # 0, 0.25, and what the outputs leave of the last vector
+
+
+def test_convolutions_of_several_groups_and_transposed_linear_layers_are_rounded() -> None:
+    source = generator()
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), Conv1D(5, 24)).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=source)
+    x = torch.randn(16, 4, 4, 4, generator=source).bfloat16()
+    small = VPTQ(vector=2, iterations=5).apply(model, calibration=[(x,)])
+    assert type(small[0]) is nn.Conv2d
+    assert isinstance(small[2], VectorLinear)
+    assert small[2].weight.dtype == torch.bfloat16
+    for place, before in ((0, model[0].weight), (2, model[2].weight.T)):
+        change = (small[place].weight - before).float()
+        assert 0 < change.norm() < 0.6 * before.float().norm()
+    assert (small(x) - model(x)).float().norm() < 0.6 * model(x).float().norm()
 
 
 def test_gradients_reach_the_codebooks() -> None:
