@@ -16,13 +16,12 @@ from supple.formats import Int, Quantized, QuantSpec, quantize
 from supple.layers.fake_quantize import FakeQuantized
 from supple.layers.tuned_codes import TunedCodes, TunedScalars, TunedVectors
 from supple.layers.vector_linear import VectorLinear
-from supple.network import Elastic, elastic
+from supple.network import Elastic
 from supple.observers import RANGES
-from supple.quantize._qat import Rounding, RoundingRule
+from supple.quantize._qat import Rounding, RoundingRule, toy
 from supple.quantize._vectors import as_vectors, codebook, nearest_entries
 from supple.quantize.base import MOST_BITS, Weights, packable
 from supple.technique import register
-from supple.testing.toys import mlp
 
 __all__ = ["PVTuning", "Tuning"]
 
@@ -136,8 +135,7 @@ class PVTuning(RoundingRule):
     @classmethod
     def toy(cls) -> Elastic:
         """Gives a network with a layer of codes."""
-        x = torch.linspace(-1, 1, 10).reshape(2, 5)
-        return elastic(cls.examples()[0].wrap(mlp().train(), (x,)), (x,), verify=False)
+        return toy(cls.examples()[0])
 
     def of_weight(self, module: nn.Module, matrix: Tensor) -> TunedCodes | None:
         """Gives codes that stand for a weight."""
