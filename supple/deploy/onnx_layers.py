@@ -88,6 +88,8 @@ def _stand_in(layer: nn.Module) -> nn.Module | None:
     form, given = layer.spec.format, layer.input
     if not isinstance(form, Int) or form.bits > 8 or layer.dtype != torch.float32:
         return None
+    if type(layer.quantized()).dequantize is not Quantized.dequantize:
+        return None  # its codes do not simply stand for s (q - z)
     whole_input = given is None or (isinstance(given.format, Int) and given.bits <= 8)
     by_row = layer.spec.granularity != "group" and layer.spec.zero_format == "code"
     if by_row and whole_input and given is not None and layer.fixed_input:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 import supple
 from supple.deploy.onnx_layers import input_steps, onnx_layers
 from supple.formats import Int, QuantSpec, quantize
+from supple.layers.lookup_linear import LookupLinear
 from supple.layers.packed import PackedConv2d, PackedLinear
 from supple.layers.quantized_input import QuantizedInput
 from supple.quantize.base import baseline
+from supple.quantize.fireq import FireQ
 from supple.quantize.int8_whitepaper import Int8Whitepaper
 
 
@@ -146,3 +148,11 @@ def test_steps_are_those_of_the_coarsest_input() -> None:
     assert input_steps(model) == 0
     assert input_steps(Int8Whitepaper(activations=4).apply(model, calibration=[(x,)])) == 15
     assert input_steps(QuantizedInput(model, QuantSpec(Int(3, symmetric=False)))) == 7
+
+
+def test_codes_that_stand_for_something_else_keep_their_own_operators() -> None:
+    method, x = FireQ(activations=None, group_size=16, kv_bits=None), torch.randn(8, 32)
+    model = method.apply(nn.Sequential(nn.Linear(32, 16)), calibration=[(x,)])
+    assert isinstance(model[0], LookupLinear)
+    with onnx_layers(model) as (_, count):
+        assert count == 0
