@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import nn
 
 from supple.axes.adapted_bits import AdaptedBits, AdaptedWeight
@@ -25,6 +26,7 @@ from supple.training.step import Pass, Sampler
 
 __all__ = ["OneQuantLLM", "leaning"]
 
+_STEEPEST = 700.0  # beyond, an exponential is no number
 _TRAINED = ("supple_weight_up", "supple_weight_down")
 
 
@@ -218,15 +220,17 @@ def leaning(values: np.ndarray, mean: float) -> np.ndarray:
         return np.ones(1)
     scaled = (values - values[0]) / span
     wanted = (mean - float(values[0])) / span
-    low, high = -700.0, 700.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        weights = np.exp(middle * scaled - max(middle, 0.0))
-        if float(weights @ scaled / weights.sum()) < wanted:
-            low = middle
-        else:
-            high = middle
-    if not 0 < wanted < 1:
-        weights = (scaled == wanted).astype(np.float64)
+
+    def weights_of(lean: float) -> np.ndarray:
+        return np.exp(lean * scaled - max(lean, 0.0))
+
+    def missed(lean: float) -> float:
+        weights = weights_of(lean)
+        return float(weights @ scaled / weights.sum()) - wanted
+
+    if missed(-_STEEPEST) < 0 < missed(_STEEPEST):
+        weights = weights_of(brentq(missed, -_STEEPEST, _STEEPEST, xtol=1e-12))
+    else:  # the least value, or the most
+        weights = (scaled == round(wanted)).astype(np.float64)
     found: np.ndarray = weights / math.fsum(weights)
     return found
