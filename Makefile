@@ -30,10 +30,10 @@ demo: setup  ## train one network on digits and deploy it at several sizes (FAST
 	$(BIN)/supple run recipes/digits.yaml $(if $(FAST),--fast)
 
 test: lint types  ## everything a change must pass: style, types, layers, tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-all: lint types  ## the same with slow tests
-	$(BIN)/pytest -n 2 -m "not gpu and not network"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not network"
 
 check: test docs  ## what CI runs, and the documentation
 
