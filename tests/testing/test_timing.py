@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from supple.testing.timing import charged
+from supple.testing.timing import charged, collections
 
 SOURCE = """
 import time
@@ -61,3 +63,18 @@ def test_groups_within_their_budgets_pass(tmp_path: Path) -> None:
 def test_a_slow_machine_is_charged_less_and_a_fast_one_not_more() -> None:
     assert charged(1.2, before=1e-3, after=2e-3) == pytest.approx(0.8)
     assert charged(0.5, before=0.5e-3, after=0.5e-3) == 0.5
+
+
+def test_a_garbage_collection_is_timed_apart() -> None:
+    cycles: list[object] = []
+    for _ in range(100_000):
+        cycle: list[object] = []
+        cycle.append(cycle)
+        cycles.append(cycle)
+    started = time.process_time()
+    with collections() as seconds:
+        gc.collect()
+    assert len(seconds) == 1
+    assert 0 < seconds[0] <= time.process_time() - started
+    gc.collect()
+    assert len(seconds) == 1
