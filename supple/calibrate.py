@@ -45,6 +45,7 @@ __all__ = [
     "inputs",
     "outputs",
     "statistics",
+    "taking_gradients",
 ]
 
 _PIECE = 1 << 24
@@ -413,7 +414,7 @@ def gradients(
         for name, one in zip(names, wanted, strict=True)
     }
     count = 0
-    with torch.enable_grad(), evaluating(model), _taking_gradients(wanted):
+    with torch.enable_grad(), evaluating(model), taking_gradients(wanted):
         for batch in data:
             for part in split(batch, batch_size(batch) if per_example else 1):
                 found = _gradient(loss(forward(model, part), part), wanted)
@@ -456,7 +457,12 @@ def _add(
 
 
 @contextlib.contextmanager
-def _taking_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+def taking_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Lets parameters take gradients, and afterwards as they did before.
+
+    Args:
+        parameters: These.
+    """
     before = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:

@@ -8,8 +8,7 @@ and `lowered` brings as many layers as it can to fewer bits, the least sensitive
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from supple.allocate import fewest
+from supple.calibrate import taking_gradients
 from supple.errors import SettingError
 from supple.training.batches import run_model
 from supple.transforms import Given, evaluating
@@ -61,7 +61,7 @@ def hessian_traces(
         torch.enable_grad(),
         evaluating(model),
         sdpa_kernel(SDPBackend.MATH),
-        _taking_gradients(parameters),
+        taking_gradients(parameters),
     ):
         for sample in range(samples):
             batch = given.batches[sample % len(given.batches)]
@@ -99,18 +99,6 @@ def _products(
         torch.zeros_like(one) if product is None else product
         for one, product in zip(parameters, second, strict=True)
     ]
-
-
-@contextmanager
-def _taking_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
 
 
 class Trial:

@@ -21,11 +21,18 @@ from supple.calibrate import (
 from supple.errors import SettingError
 from supple.graph.feeds import Feed, feeds
 from supple.quantize._equivalent import by_channel, paths_of, scaled, within
-from supple.quantize.base import MOST_BITS, Quantizer
+from supple.quantize.base import Quantizer
 from supple.transforms import Given
 from supple.weights import as_matrix, matrices
 
-__all__ = ["Scaling", "SmoothQuant", "in_turn", "largest_inputs", "largest_weights"]
+__all__ = [
+    "Scaling",
+    "SmoothQuant",
+    "in_turn",
+    "largest_inputs",
+    "largest_weights",
+    "smoothing",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,16 @@ class Scaling(Quantizer):
     """A quantizer that first makes channels larger or smaller, which changes no output."""
 
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    @classmethod
+    def toy(cls) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """Gives a norm that takes factors, and an activation behind which nothing does."""
+        source = torch.Generator().manual_seed(0)
+        layers = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
+        with torch.no_grad():
+            for parameter in layers.parameters():
+                parameter.uniform_(-0.5, 0.5, generator=source)
+        return layers, (torch.randn(13, 5, generator=source),)
 
     def factors(
         self, model: nn.Module, found: Sequence[Feed], given: Given
@@ -53,7 +70,7 @@ class Scaling(Quantizer):
     @property
     def rounds(self) -> bool:
         """Whether anything gets fewer bits."""
-        return self.rounds_weights or (self.activations or MOST_BITS) < MOST_BITS
+        return self.rounds_weights or self.rounds_inputs
 
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:
@@ -114,12 +131,32 @@ class SmoothQuant(Scaling):
         self, model: nn.Module, found: Sequence[Feed], given: Given
     ) -> Iterable[tuple[Feed, Tensor]]:
         """Gives factors from the largest inputs and weights, where they cost nothing."""
-        found = [feed for feed in found if feed.producer is not None]
-        seen = largest_inputs(model, found, given)
-        for feed in found:
-            inputs, weights = feed.tied(seen[feed]), feed.tied(largest_weights(model, feed))
-            scale = inputs.pow(self.alpha) / weights.clamp_min(1e-5).pow(1 - self.alpha)
-            yield feed, scale.clamp_min(1e-5)
+        return smoothing(model, found, given, self.alpha)
+
+
+def smoothing(
+    model: nn.Module, found: Iterable[Feed], given: Given, alpha: float
+) -> Iterator[tuple[Feed, Tensor]]:
+    r"""Gives factors from the largest inputs and weights, where they cost nothing.
+
+    A channel's is $\max|X_j|^\alpha / \max|W_j|^{1 - \alpha}$.
+
+    Args:
+        model: The model, which must not be changed.
+        found: What its layers see; feeds that no module could take the factors for are left
+            out.
+        given: Calibration batches.
+        alpha: How much of the differences is moved to the weights, in [0, 1].
+
+    Yields:
+        Feeds and their factors, (size,).
+    """
+    found = [feed for feed in found if feed.producer is not None]
+    seen = largest_inputs(model, found, given)
+    for feed in found:
+        inputs, weights = feed.tied(seen[feed]), feed.tied(largest_weights(model, feed))
+        scale = inputs.pow(alpha) / weights.clamp_min(1e-5).pow(1 - alpha)
+        yield feed, scale.clamp_min(1e-5)
 
 
 def in_turn(

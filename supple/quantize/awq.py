@@ -110,16 +110,6 @@ class AWQ(Scaling):
         return [cls(group_size=4, candidates=3)]
 
     @classmethod
-    def toy(cls) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """Gives a norm that takes factors, and an activation behind which nothing does."""
-        source = torch.Generator().manual_seed(0)
-        layers = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
-        with torch.no_grad():
-            for parameter in layers.parameters():
-                parameter.uniform_(-0.5, 0.5, generator=source)
-        return layers, (torch.randn(13, 5, generator=source),)
-
-    @classmethod
     def neutral(cls) -> AWQ:
         """Gives the setting that rounds nothing."""
         return cls(bits=MOST_BITS)

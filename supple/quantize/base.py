@@ -197,6 +197,11 @@ class Quantizer(ModelTransform):
         """Whether weights get fewer bits at all."""
         return self.bits < MOST_BITS
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of layers get fewer bits at all."""
+        return self.activations is not None and self.activations < MOST_BITS
+
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:
         """Quantizes the weights, then puts the result into the model."""
@@ -257,7 +262,7 @@ class Quantizer(ModelTransform):
             Name of a weight to the spec of its layer's input and None, or a scale and a zero
             point that hold for all inputs. Layers that are left out see their inputs as is.
         """
-        if self.activations is None or self.activations >= MOST_BITS:
+        if self.activations is None or not self.rounds_inputs:
             return {}
         form = Int(self.activations, narrow=True)
         # A slice of a convolution's input along its first dimension is an example.
@@ -367,8 +372,7 @@ class Weights(Quantizer):
 
     def rotations(self, model: nn.Module, given: Given) -> Mapping[str, Rotation]:
         """Gives Hadamard rotations of all linear layers, where these are asked for."""
-        nothing = not self.rounds_weights and (self.activations or MOST_BITS) >= MOST_BITS
-        if self.rotation == "none" or nothing:
+        if self.rotation == "none" or not (self.rounds_weights or self.rounds_inputs):
             return {}
         if self.rotation == "blocks":
             return block_hadamards(model, self.layers)

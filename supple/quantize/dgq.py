@@ -197,7 +197,7 @@ class DGQ(Quantizer):
         """Gives how inputs are rounded: by token, or with the range of calibration data."""
         if self.granularity == "token":
             return super().inputs(model, given)
-        if self.activations is None or self.activations >= MOST_BITS:
+        if self.activations is None or not self.rounds_inputs:
             return {}
         spec = QuantSpec(Int(self.activations, narrow=True), "tensor")
         return fixed_ranges(model, given, spec, self.layers)

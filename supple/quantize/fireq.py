@@ -24,7 +24,7 @@ from supple.quantize._keys_values import (
     watching,
 )
 from supple.quantize._rotary import RotaryKeys, rotary_keys, scale_pairs
-from supple.quantize._smooth import Scaling, largest_inputs, largest_weights
+from supple.quantize._smooth import Scaling, smoothing
 from supple.quantize.base import MOST_BITS, Input, Solved
 from supple.technique import register
 from supple.training.batches import batch_size, example_of, run_model, split
@@ -141,12 +141,7 @@ class FireQ(Scaling):
         self, model: nn.Module, found: Sequence[Feed], given: Given
     ) -> Iterable[tuple[Feed, Tensor]]:
         """Gives factors from the largest inputs and weights, where they cost nothing."""
-        found = [feed for feed in found if feed.producer is not None]
-        seen = largest_inputs(model, found, given)
-        for feed in found:
-            inputs, weights = feed.tied(seen[feed]), feed.tied(largest_weights(model, feed))
-            scale = inputs.pow(self.alpha) / weights.clamp_min(1e-5).pow(1 - self.alpha)
-            yield feed, scale.clamp_min(1e-5)
+        return smoothing(model, found, given, self.alpha)
 
     def solve(self, matrix: Tensor, spec: QuantSpec, seen: LayerStatistics | None) -> Solved:
         """Rounds to the nearest codes, which are then looked up."""

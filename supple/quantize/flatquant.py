@@ -141,16 +141,12 @@ class FlatQuant(Quantizer):
     # -- what is rounded, and how
 
     @property
-    def _rounds_inputs(self) -> bool:
-        return (self.activations or MOST_BITS) < MOST_BITS
-
-    @property
     def _rounds_keys(self) -> bool:
         return (self.kv_bits or MOST_BITS) < MOST_BITS
 
     def input_spec(self) -> QuantSpec | None:
         """Gives how inputs of layers are rounded."""
-        if not self._rounds_inputs:
+        if not self.rounds_inputs:
             return None
         assert self.activations is not None
         return QuantSpec(Int(self.activations, narrow=True), "token")
@@ -164,7 +160,7 @@ class FlatQuant(Quantizer):
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:
         """Learns the maps of the network as it is, then puts them in and rounds."""
-        if not (self.rounds_weights or self._rounds_inputs or self._rounds_keys):
+        if not (self.rounds_weights or self.rounds_inputs or self._rounds_keys):
             return model
         attending = _heads(model, given) if self._rounds_keys else {}
         flat: list[FlatBlock] = []
@@ -279,7 +275,7 @@ class FlatQuant(Quantizer):
                     folded[id(feed)] = (feed, factor)
                 maps[name] = made.setdefault(id(layer.map), layer.map.plain())
                 shares[inner(name)] = layer.weight_share()
-                if self._rounds_inputs:
+                if self.rounds_inputs:
                     clips[name] = layer.input_share()
         for feed, factor in folded.values():
             model = scaled(model, feed, factor.reciprocal())

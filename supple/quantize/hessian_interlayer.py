@@ -138,8 +138,7 @@ class HessianInterlayer(Quantizer):
     @property
     def has_fixed_inputs(self) -> bool:
         """Whether inputs are rounded with one scale for all of them."""
-        rounded = self.activations is not None and self.activations < MOST_BITS
-        return rounded and self.granularity == "tensor"
+        return self.rounds_inputs and self.granularity == "tensor"
 
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:

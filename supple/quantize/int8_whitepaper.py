@@ -130,11 +130,6 @@ class Int8Whitepaper(Quantizer):
         """Gives how weights are quantized."""
         return QuantSpec(self.number_format(), self.granularity)
 
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether inputs of layers get fewer bits at all."""
-        return self.activations is not None and self.activations < MOST_BITS
-
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:
         """Folds norms, rounds the weights, and lets layers round their inputs."""
@@ -144,9 +139,8 @@ class Int8Whitepaper(Quantizer):
 
     def inputs(self, model: nn.Module, given: Given) -> dict[str, Input]:
         """Gives the ranges that calibration data has, by layer."""
-        if not self.rounds_inputs:
+        if self.activations is None or not self.rounds_inputs:
             return {}
-        assert self.activations is not None
         spec = QuantSpec(Int(self.activations, symmetric=False), "tensor", symmetric=False)
         return fixed_ranges(
             model, given, spec, self.layers, observer=self.observer, decay=self.decay

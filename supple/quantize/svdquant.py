@@ -17,6 +17,7 @@ from supple.formats import Int, QuantSpec, fake_quantize, quantize
 from supple.graph.feeds import Feed
 from supple.layers.low_rank_branch import LowRankBranch, LowRankCorrected
 from supple.quantize._equivalent import by_column, matrix_of, put
+from supple.quantize._sample import RowSample
 from supple.quantize._smooth import Scaling, in_turn, largest_weights
 from supple.quantize.base import MOST_BITS, Input, Solved, packable
 from supple.technique import register
@@ -115,23 +116,13 @@ class SVDQuant(Scaling):
         """Gives the setting that rounds nothing."""
         return cls(bits=MOST_BITS, activations=MOST_BITS)
 
-    @classmethod
-    def toy(cls) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """Gives a norm that takes factors, and an activation behind which nothing does."""
-        source = torch.Generator().manual_seed(0)
-        layers = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
-        with torch.no_grad():
-            for parameter in layers.parameters():
-                parameter.uniform_(-0.5, 0.5, generator=source)
-        return layers, (torch.randn(13, 5, generator=source),)
-
     def observers(self) -> Mapping[str, Callable[[], Observer]]:
         """Gives what keeps tokens, on which outputs are compared."""
-        return {"sample": partial(_Sample, self.rows)}
+        return {"sample": partial(RowSample, self.rows)}
 
     def input_spec(self) -> QuantSpec | None:
         """Says how the inputs of linear layers are rounded: groups of a token's channels."""
-        if self.activations is None or self.activations >= MOST_BITS:
+        if self.activations is None or not self.rounds_inputs:
             return None
         form = Int(self.activations, narrow=True)
         if self.group_size is None:
@@ -254,25 +245,6 @@ class SVDQuant(Scaling):
         layer = super().pack(module, solved.quantized, given)
         assert layer is not None
         return LowRankBranch.of(layer, solved.up, solved.down)
-
-
-class _Sample:
-    """Keeps inputs, evenly spaced, at most so many."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._stride = most, 1
-        self._kept: Tensor | None = None
-
-    def see(self, rows: Tensor) -> None:
-        now = rows[:, :: self._stride]
-        self._kept = now.clone() if self._kept is None else torch.cat((self._kept, now), 1)
-        while self._kept.shape[1] > 2 * self._most:
-            self._kept, self._stride = self._kept[:, ::2].clone(), 2 * self._stride
-
-    def result(self) -> Tensor | None:
-        if self._kept is None:
-            return None
-        return self._kept[:, :: -(-self._kept.shape[1] // self._most)]
 
 
 def _thin(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

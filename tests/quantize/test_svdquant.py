@@ -14,7 +14,7 @@ from supple.graph.feeds import feeds
 from supple.layers.low_rank_branch import LowRankBranch
 from supple.layers.packed import PackedLinear
 from supple.layers.scaled_input import ScaledInput
-from supple.quantize.svdquant import SVDQuant, _Sample, _thin
+from supple.quantize.svdquant import SVDQuant, _thin
 from supple.testing.toys import generator
 from supple.transforms import Given
 
@@ -155,19 +155,6 @@ def test_a_product_needs_layers_that_keep_its_inputs_apart() -> None:
         )
         packed = SVDQuant(group_size=4, **settings).apply(model, calibration=[(x,)])
         torch.testing.assert_close(small(x), packed(x), rtol=1e-3, atol=1e-3)
-
-
-def test_tokens_are_kept_evenly_spaced() -> None:
-    sample = _Sample(4)
-    assert sample.result() is None
-    for start in range(0, 40, 5):
-        sample.see(torch.arange(start, start + 5.0)[None, :, None])
-    kept = sample.result()
-    assert kept is not None
-    assert kept.shape[1] <= 4
-    steps = kept[0, :, 0].diff()
-    assert kept[0, -1, 0] >= 24
-    assert bool((steps > 0).all())
 
 
 def test_settings_that_can_not_be_used_say_so() -> None:
