@@ -34,7 +34,8 @@ from torch import Tensor, nn
 import supple
 from benchmarks._cells import HERE, environment
 from supple.cost.measure import device_name, interleaved, quiet_threads, without_drift
-from supple.deploy.engines import ENGINES
+from supple.deploy import runners
+from supple.deploy.engines import ENGINES, FORMS
 from supple.errors import SuppleError, import_extra
 from supple.files import read_json, write_json, write_tensors
 from supple.layers.packed import PackedLinear
@@ -226,10 +227,12 @@ def on_engines(
 ) -> Iterator[tuple[str, Run]]:
     """Yields a network on engines."""
     for engine in engines:
-        place = folder / f"{name}-{engine}".replace(" ", "")
-        place.mkdir()
+        form = ENGINES[engine].form
+        place = folder / f"{name}-{form}".replace(" ", "")
         try:
-            ENGINES[engine].write(model, place, args, {})
+            if not place.exists():
+                place.mkdir()
+                FORMS[form](model, place, args, {})
             run = ENGINES[engine].start(place, 1)
             run(*args)
         except (SuppleError, RuntimeError) as error:
@@ -267,21 +270,15 @@ def by_peer(
     if done.returncode:
         refused[peer] = (done.stderr.strip().splitlines() or ["killed"])[-1]
         return
-    arrays = {name: one.numpy() for name, one in zip(names, args, strict=True)}
     if peer == "nncf":
-        core = import_extra("openvino", "openvino").Core()
         for precision in ("f32", "bf16"):
             hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1}
-            request = core.compile_model(
-                folder / "nncf.xml", "CPU", hints
-            ).create_infer_request()
+            run = runners.openvino(folder / "nncf.xml", hints)
             label = "NNCF, openvino" + "-bf16" * (precision == "bf16")
-            yield label, functools.partial(request.infer, list(arrays.values()))
+            yield label, functools.partial(run, *args)
         return
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(str(folder / f"{peer}.onnx"), options)
-    yield f"{peer.replace('_', ' ')}", functools.partial(session.run, None, arrays)
+    run = runners.onnx_runtime(folder / f"{peer}.onnx", 1)
+    yield f"{peer.replace('_', ' ')}", functools.partial(run, *args)
 
 
 ROWS: dict[str, Callable[[Path, Path, Refused], Iterator[tuple[str, Run]]]] = {

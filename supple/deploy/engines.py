@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from supple import files, storage
 from supple.cost.count import inference, run_forward
 from supple.cost.measure import device_name, interleaved, quiet_threads, without_drift
+from supple.deploy import runners
 from supple.deploy.export import export
+from supple.deploy.runners import Runner, relative_error, tensors
 from supple.errors import (
     CheckpointError,
     ExportError,
     SettingError,
     SuppleError,
-    import_extra,
     nearest,
 )
 from supple.layers.packed import PackedConv2d, PackedEmbedding, PackedLinear
@@ -42,7 +43,8 @@ SCHEMA = 1
 TOLERANCE = 5e-2
 ROUNDS, SECONDS = 7, 0.02
 
-Run = Callable[..., list[Tensor]]
+Writer = Callable[[nn.Module, Path, Sequence[Any], Mapping[str, Any]], object]
+_REFUSALS = (SuppleError, RuntimeError, TypeError)
 _PACKED = (PackedConv2d, PackedEmbedding, PackedLinear)
 
 
@@ -106,18 +108,22 @@ def deploy(
     _check_target(target)
     kwargs = dict(kwargs or {})
     with inference(module), tempfile.TemporaryDirectory() as temporary:
-        expected = _tensors(run_forward(module, args, kwargs))
+        expected = tensors(run_forward(module, args, kwargs))
+        places = {
+            form: _written(form, Path(temporary), module, args, kwargs)
+            for form in dict.fromkeys(ENGINES[name].form for name in names)
+        }
         trials, runs = [], dict[str, Callable[[], object]]()
         for name in names:
-            place = Path(temporary) / name
-            place.mkdir()
+            place = places[ENGINES[name].form]
+            if isinstance(place, str):
+                trials.append(Trial(name, refused=place))
+                continue
             try:
-                ENGINES[name].write(module, place, args, kwargs)
                 run = ENGINES[name].start(place, threads)
                 error = _difference(expected, run(*args, **kwargs))
-            except (SuppleError, RuntimeError, TypeError) as failure:
-                reason = (str(failure).splitlines() or [type(failure).__name__])[0]
-                trials.append(Trial(name, refused=reason))
+            except _REFUSALS as failure:
+                trials.append(Trial(name, refused=_told(failure)))
                 continue
             runs[name] = _call(run, args, kwargs)
             far = f"differs by {error:.2g}, allowed is {tolerance:.2g}"
@@ -127,11 +133,12 @@ def deploy(
         if best is None:
             told = "; ".join(f"{one.engine}: {one.refused}" for one in trials)
             raise ExportError(f"no engine runs this network: {told}")
-        _place(Path(temporary) / best.engine, target, best, trials, threads)
+        made = Path(temporary) / ENGINES[best.engine].form
+        _place(made, target, best, trials, threads)
     return trials
 
 
-def load(folder: str | Path, *, threads: int | None = None) -> Run:
+def load(folder: str | Path, *, threads: int | None = None) -> Runner:
     """Gives the network that `deploy` wrote, run by its engine.
 
     Args:
@@ -151,14 +158,6 @@ def load(folder: str | Path, *, threads: int | None = None) -> Run:
 
 
 # ------------------------------------------------------------------------------------ engines
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """How a network gets into a folder for an engine, and out of it again."""
-
-    write: Callable[[nn.Module, Path, Sequence[Any], Mapping[str, Any]], object]
-    start: Callable[[Path, int], Run]
 
 
 def _save(
@@ -181,23 +180,23 @@ def _loaded(place: Path) -> nn.Module:
     return module.eval()
 
 
-def _pytorch(place: Path, threads: int) -> Run:
+def _pytorch(place: Path, threads: int) -> Runner:
     module = _loaded(place)
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         with torch.inference_mode():
-            return _tensors(module(*args, **kwargs))
+            return tensors(module(*args, **kwargs))
 
     return run
 
 
-def _pytorch_bfloat16(place: Path, threads: int) -> Run:
+def _pytorch_bfloat16(place: Path, threads: int) -> Runner:
     halved = _halved(_loaded(place))
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         with torch.inference_mode():
             args, kwargs = tree_map(_bfloat16, (args, kwargs))
-            found = _tensors(halved(*args, **kwargs))
+            found = tensors(halved(*args, **kwargs))
         return [one.float() if one.dtype == torch.bfloat16 else one for one in found]
 
     return run
@@ -224,43 +223,19 @@ def _bfloat16(leaf: Any) -> Any:
     return leaf.bfloat16() if floating else leaf
 
 
-def _onnx_runtime(place: Path, threads: int) -> Run:
-    runtime = import_extra("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(
-        str(place / "network.onnx"), options, providers=["CPUExecutionProvider"]
-    )
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        arrays = [one.numpy() for one in _tensors((args, kwargs))]
-        found = session.run(None, dict(zip(names, arrays, strict=True)))
-        return [torch.from_numpy(one) for one in found]
-
-    return run
+def _onnx_runtime(place: Path, threads: int) -> Runner:
+    return runners.onnx_runtime(place / "network.onnx", threads)
 
 
-def _openvino(precision: str) -> Callable[[Path, int], Run]:
-    def start(place: Path, threads: int) -> Run:
-        core = import_extra("openvino", "openvino").Core()
+def _openvino(precision: str) -> Callable[[Path, int], Runner]:
+    def start(place: Path, threads: int) -> Runner:
         hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
-        request = core.compile_model(place / "network.xml", "CPU", hints).create_infer_request()
-
-        def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-            arrays = [one.numpy() for one in _tensors((args, kwargs))]
-            found = request.infer(arrays, share_inputs=True).values()
-            return [torch.from_numpy(one.copy()) for one in found]
-
-        return run
+        return runners.openvino(place / "network.xml", hints)
 
     return start
 
 
-def _exported(
-    suffix: str,
-) -> Callable[[nn.Module, Path, Sequence[Any], Mapping[str, Any]], object]:
+def _exported(suffix: str) -> Writer:
     def write(
         module: nn.Module, place: Path, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
@@ -269,14 +244,35 @@ def _exported(
     return write
 
 
-ENGINES: Mapping[str, _Engine] = {
-    "pytorch": _Engine(_save, _pytorch),
-    "pytorch-bf16": _Engine(_save, _pytorch_bfloat16),
-    "onnxruntime": _Engine(_exported(".onnx"), _onnx_runtime),
-    "openvino": _Engine(_exported(".xml"), _openvino("f32")),
-    "openvino-bf16": _Engine(_exported(".xml"), _openvino("bf16")),
+FORMS: Mapping[str, Writer] = {
+    "pytorch": _save,
+    "onnx": _exported(".onnx"),
+    "openvino": _exported(".xml"),
 }
-"""How each engine gets a network, by the engine's name."""
+"""How a network gets into a folder, by the name of the form that it has there."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Which form of a network an engine reads, and what runs it.
+
+    Args:
+        form: A name of `FORMS`.
+        start: Gives what runs the network in a folder, by so many threads.
+    """
+
+    form: str
+    start: Callable[[Path, int], Runner]
+
+
+ENGINES: Mapping[str, Engine] = {
+    "pytorch": Engine("pytorch", _pytorch),
+    "pytorch-bf16": Engine("pytorch", _pytorch_bfloat16),
+    "onnxruntime": Engine("onnx", _onnx_runtime),
+    "openvino": Engine("openvino", _openvino("f32")),
+    "openvino-bf16": Engine("openvino", _openvino("bf16")),
+}
+"""The engines, by name."""
 
 
 # ------------------------------------------------------------------------------------- trials
@@ -299,6 +295,27 @@ def _checked(engines: Sequence[str] | None, threads: int, tolerance: float) -> l
     return names
 
 
+def _written(
+    form: str,
+    folder: Path,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Path | str:
+    """Writes a network in one form; gives where it lies, or why it can't be written so."""
+    place = folder / form
+    place.mkdir()
+    try:
+        FORMS[form](module, place, args, kwargs)
+    except _REFUSALS as failure:
+        return _told(failure)
+    return place
+
+
+def _told(failure: Exception) -> str:
+    return (str(failure).splitlines() or [type(failure).__name__])[0]
+
+
 def _timed(
     trials: Sequence[Trial], runs: Mapping[str, Callable[[], object]], threads: int
 ) -> list[Trial]:
@@ -316,23 +333,14 @@ def _timed(
     return sorted(found, key=lambda one: (bool(one.refused), one.seconds or float("inf")))
 
 
-def _call(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], object]:
+def _call(run: Runner, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], object]:
     return lambda: run(*args, **kwargs)
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    if [one.shape for one in expected] != [one.shape for one in found]:
+    if len(expected) != len(found):
         raise ExportError(f"gives {len(found)} outputs, the network {len(expected)}")
-    worst = 0.0
-    for ours, theirs in zip(expected, found, strict=True):
-        if ours.numel():
-            largest = ours.double().abs().max().clamp_min(1e-12)
-            worst = max(worst, float((ours.double() - theirs.double()).abs().max() / largest))
-    return worst
+    return max(map(relative_error, expected, found), default=0.0)
 
 
 # ------------------------------------------------------------------------------------- folder

@@ -23,15 +23,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from supple.cost.count import inference, run_forward
 from supple.cost.measure import with_batch
+from supple.deploy import runners
 from supple.deploy.onnx_layers import input_steps, onnx_layers
+from supple.deploy.runners import Runner, relative_error, tensors
 from supple.errors import ExportError, SettingError, SuppleError, import_extra, nearest
 from supple.files import replacing
 from supple.quantity import show
 
 __all__ = ["FORMATS", "export"]
-
-Outputs = list[Tensor]
-Runner = Callable[[Sequence[Any], Mapping[str, Any]], Outputs]
 
 # Largest error by dtype of the outputs, over the largest magnitude of the expected output.
 TOLERANCES = {
@@ -108,13 +107,13 @@ def export(
                 plain = exported if _is_plain(outputs) else _TensorsOnly(exported)
                 program = _program(plain, tuple(args), kwargs, dynamic_batch)
                 run = FORMATS[path.suffix](program, temporary, codes)
-                found = run(args, kwargs)
+                found = run(*args, **kwargs)
         except (SuppleError, OSError):
             raise
         except Exception as error:
             _check_room(path, module)
             raise _refusal(module, path, error) from error
-        _compare(path, _flat(outputs), found, tolerance)
+        _compare(path, tensors(outputs), found, tolerance)
         if dynamic_batch:
             _check_other_batch(module, path, run, args, kwargs, tolerance)
     return path
@@ -124,22 +123,9 @@ def export(
 
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, codes: bool) -> Runner:
-    onnxruntime = import_extra("onnxruntime", "onnx")
+    import_extra("onnxruntime", "onnx")  # what is missing is said before the work
     _save_onnx(program, file)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        str(file), options, providers=["CPUExecutionProvider"]
-    )
-
-    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
-        names = [entry.name for entry in session.get_inputs()]
-        arrays = _arrays(args, kwargs)
-        found = session.run(None, dict(zip(names, arrays, strict=True)))
-        return [torch.from_numpy(array) for array in found]
-
-    return run
+    return runners.onnx_runtime(file, torch.get_num_threads())
 
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
@@ -165,8 +151,7 @@ def _write_pt2(program: torch.export.ExportedProgram, file: Path, codes: bool) -
     written = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
     torch.export.save(program, written)
     file.write_bytes(written.getbuffer())
-    loaded = torch.export.load(file).module()
-    return lambda args, kwargs: _flat(loaded(*args, **kwargs))
+    return runners.program(file)
 
 
 def _write_openvino(program: torch.export.ExportedProgram, file: Path, codes: bool) -> Runner:
@@ -182,13 +167,7 @@ def _write_openvino(program: torch.export.ExportedProgram, file: Path, codes: bo
         openvino.save_model(model, file, compress_to_fp16=False)
     # By default it rounds to bfloat16, and inputs of layers that hold codes to 8 bits.
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    compiled = openvino.Core().compile_model(file, "CPU", exact)
-
-    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
-        found = compiled(_arrays(args, kwargs)).values()
-        return [torch.from_numpy(array.copy()) for array in found]
-
-    return run
+    return runners.openvino(file, exact)
 
 
 def _in_other_words(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -233,8 +212,8 @@ def _dynamic_shapes(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Marks the first dimension of each tensor that has the batch's size."""
-    tensors = [tensor for tensor in _flat((args, kwargs)) if tensor.dim()]
-    batch = len(tensors[0]) if tensors else 0
+    batched = [tensor for tensor in tensors((args, kwargs)) if tensor.dim()]
+    batch = len(batched[0]) if batched else 0
     if batch < 2:
         raise SettingError(
             "dynamic_batch needs example inputs of at least two examples: PyTorch treats a "
@@ -284,20 +263,22 @@ def _check_other_batch(
     kwargs: Mapping[str, Any],
     tolerance: float | None,
 ) -> None:
-    tensors = [tensor for tensor in _flat((tuple(args), dict(kwargs))) if tensor.dim()]
-    more_args, more_kwargs = with_batch(len(tensors[0]) + 1, args, kwargs)
-    expected = _flat(run_forward(module, more_args, more_kwargs))
+    count = next(len(one) for one in tensors((tuple(args), dict(kwargs))) if one.dim()) + 1
+    more_args, more_kwargs = with_batch(count, args, kwargs)
+    expected = tensors(run_forward(module, more_args, more_kwargs))
     try:
-        found = run(more_args, more_kwargs)
+        found = run(*more_args, **more_kwargs)
     except Exception as error:
         raise ExportError(
-            f"{path.name} refuses a batch of {len(tensors[0]) + 1} although its batch should "
+            f"{path.name} refuses a batch of {count} although its batch should "
             f"vary ({error}); export with dynamic_batch=False"
         ) from error
     _compare(path, expected, found, tolerance)
 
 
-def _compare(path: Path, expected: Outputs, found: Outputs, tolerance: float | None) -> None:
+def _compare(
+    path: Path, expected: list[Tensor], found: list[Tensor], tolerance: float | None
+) -> None:
     if len(found) != len(expected):
         raise ExportError(
             f"{path.name} gives {len(found)} outputs, the network {len(expected)}; let the "
@@ -305,35 +286,12 @@ def _compare(path: Path, expected: Outputs, found: Outputs, tolerance: float | N
         )
     for i, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
         limit = TOLERANCES.get(ours.dtype, 0.0) if tolerance is None else tolerance
-        error = _relative_error(ours.detach().cpu(), theirs)
+        error = relative_error(ours, theirs)
         if not error <= limit:
             raise ExportError(
                 f"{path.name} computes something else: output {i} differs by {error:.2g} of "
                 f"its largest magnitude, allowed is {limit:.2g}; nothing was written"
             )
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    if ours.shape != theirs.shape:
-        return float("inf")
-    if not ours.numel():
-        return 0.0
-    ours, theirs = ours.double(), theirs.double()
-    if not torch.equal(ours.isfinite(), theirs.isfinite()):
-        return float("inf")
-    finite = ours.isfinite()
-    if not finite.any():
-        return 0.0
-    difference = (ours - theirs)[finite].abs().max()
-    return float(difference / ours[finite].abs().max().clamp_min(1e-12))
-
-
-def _arrays(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    return [tensor.cpu().numpy() for tensor in _flat((tuple(args), dict(kwargs)))]
-
-
-def _flat(values: Any) -> Outputs:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 # ----------------------------------------------------------------------- words and files
