@@ -36,6 +36,8 @@ GROUP = 64
 WINDOWS, TESTED = 64, 128
 IMAGES, BATCHES = 2000, 8
 SENTENCES, RANKED = 128, 400
+STEPS = 100
+"""Updates for each block, of what learns block by block."""
 
 Batches = list[Any]
 Arm = Callable[[nn.Module, Batches, int], nn.Module]
@@ -185,8 +187,8 @@ def weights_only(bits: int) -> dict[str, Arm]:
             "gptq", observer="mse", order="activation", **both
         ),
         "quantize/awq": keyed("awq", **both),
-        "quantize/flexround": keyed("flexround", steps=200, **both),
-        "quantize/flatquant": keyed("flatquant", activations=None, **both),
+        "quantize/flexround": keyed("flexround", steps=STEPS, **both),
+        "quantize/flatquant": keyed("flatquant", activations=None, steps=STEPS, **both),
         "quantize/vptq": keyed("vptq", bits=bits, **({"vector": 2} if bits == 4 else {})),
         "quantize/pvq": keyed("pvq", bits=bits),
         "llm-compressor rtn": by_llm_compressor("rtn", bits),
@@ -220,7 +222,7 @@ def both_of(bits: int) -> dict[str, Arm]:
         "quarot": named("quarot", **each),
         "quarot, gptq": named("quarot", solver="gptq", **each),
         "quantize/awq": keyed("awq", **each),
-        "quantize/flatquant": keyed("flatquant", **each),
+        "quantize/flatquant": keyed("flatquant", steps=STEPS, **each),
         "quantize/svdquant": keyed("svdquant", **each),
         "quantize/mr-gptq": keyed("mr-gptq"),
         "llm-compressor rtn": by_llm_compressor("rtn", bits, bits),
@@ -242,7 +244,7 @@ def convolutions(bits: int, steps: int) -> dict[str, Arm]:
         "quantize/int8-whitepaper, least error": keyed(
             "int8-whitepaper", observer="mse", **each
         ),
-        "quantize/flexround": keyed("flexround", group_size=None, steps=200, **each),
+        "quantize/flexround": keyed("flexround", group_size=None, steps=2 * STEPS, **each),
         **{name: trained(make, steps, 0.01) for name, make in rules.items()},
     }
 

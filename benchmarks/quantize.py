@@ -16,24 +16,27 @@ zero points, codebooks and what else a method adds, over the number of weights; 
 hold rounded weights there is none. Seconds are of one core; `peak` is what quantizing held
 beside the network.
 
-`python -m benchmarks.quantize` runs what is missing, one process per core, and writes
-`benchmarks/results/quantize.json` after each; `--fast` runs one arm of each network and writes
-nothing. Arguments choose cells, by the beginning of their names, such as `llama-twin/W2`. Peers
-are installed into `benchmarks/.envs/llm`; where one does not install, its arms say why.
+`python -m benchmarks.quantize` runs what is missing, one process per core, writes
+`benchmarks/results/quantize.json` after each, and draws quality by bits in the end; `--fast`
+runs one arm of each network and writes nothing. Arguments choose cells, by the beginning of
+their names, such as `llama-twin/W2`. Peers are installed into `benchmarks/.envs/llm`; where one
+does not install, its arms say why.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._cells import Cell, Cells, environment, run_cell
+from benchmarks._cells import HERE, Cell, Cells, environment, run_cell
 from benchmarks._quantize_arms import GROUP, TESTED, WINDOWS, arms
 
 PEERS = {
@@ -49,7 +52,17 @@ NETWORKS = {
     "minilm": (0,),
 }
 """Networks, and the seeds of their calibration data."""
+ONCE = ("quantize/awq", "quantize/flatquant", "quantize/flexround")
+"""Arms that take minutes, and run with the first seed only."""
 STEPS = {"resnet20": 300, "resnet56": 100}
+PICTURES = {
+    "llama": "perplexity",
+    "llama-twin": "perplexity",
+    "resnet20": "accuracy, weights and inputs of so many bits",
+    "resnet56": "accuracy, weights and inputs of so many bits",
+}
+"""Networks whose quality is drawn, and what it is."""
+IMAGES = HERE.parent / "docs" / "images"
 FIGURES = ("perplexity", "accuracy", "cosine", "retrieved")
 
 
@@ -64,7 +77,8 @@ def everything() -> Iterator[tuple[str, str, str, int]]:
         for network, seeds in NETWORKS.items():
             for setting, named in arms(network, 0).items():
                 for arm in named:
-                    if turn < (1 if setting == "none" else len(seeds)):
+                    once = setting == "none" or arm in ONCE
+                    if turn < (1 if once else len(seeds)):
                         yield network, setting, arm, seeds[turn]
 
 
@@ -101,6 +115,48 @@ def tables(cells: Cells) -> Iterator[Table]:
                     drawn.add_row(arm, *told(ran))
             if drawn.rows:
                 yield drawn
+
+
+def points(cells: Cells, network: str) -> dict[str, list[tuple[float, float]]]:
+    """Bits of a weight and what the network is like, by arm; arms of one setting have no line.
+
+    What peers hold rounded, not packed, has no bits, and weights and inputs of 4 bits are
+    another matter than weights alone.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for setting, named in arms(network, 0).items():
+        if setting in ("none", "W4A4") and network.startswith("llama"):
+            continue
+        for arm in named:
+            found = [
+                cells.found.get(name(network, setting, arm, seed)) for seed in NETWORKS[network]
+            ]
+            ran = [one for one in found if one and one["ran"] and one["bits"] is not None]
+            if ran:
+                figure = next(one for one in FIGURES if one in ran[0])
+                bits = fmean(one["bits"] for one in ran)
+                lines.setdefault(arm, []).append((bits, fmean(one[figure] for one in ran)))
+    return {arm: sorted(line) for arm, line in lines.items() if len(line) > 1}
+
+
+def picture(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Figure:
+    """Draws quality by bits, a line for each arm, what few bits spoil least named first."""
+    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    perplexity = title.endswith("perplexity")
+    sign = 1 if perplexity else -1
+    best = sorted(lines, key=lambda arm: sign * lines[arm][0][1])
+    for i, arm in enumerate(best):
+        bits, values = zip(*lines[arm], strict=True)
+        axes.plot(bits, values, "os^Dv"[i // 10] + "-", label=arm, ms=4, lw=1.3)
+    if perplexity:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_xlabel("bits of a weight, everything counted")
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(frameon=False, fontsize=7, loc="outside right upper")
+    return figure
 
 
 def told(ran: list[Cell]) -> list[str]:
@@ -146,6 +202,9 @@ def main(arguments: list[str]) -> None:
     )
     for drawn in tables(cells):
         Console().print(drawn)
+    for network, title in PICTURES.items():
+        if lines := points(cells, network):
+            picture(lines, title).savefig(IMAGES / f"quantize-{network}.png", dpi=120)
 
 
 if __name__ == "__main__":

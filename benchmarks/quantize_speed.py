@@ -20,6 +20,7 @@ noted with its reason. An argument chooses rows, by the beginning of their names
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
 import supple
@@ -43,6 +46,7 @@ from supple.quantize.base import Weights, baseline
 from supple.quantize.int8_whitepaper import Int8Whitepaper
 from supple.training.seeds import kept
 
+PICTURE = HERE.parent / "docs" / "images" / "quantize-speed.png"
 RESULT = HERE / "results" / "quantize_speed.json"
 PEERS = {"nncf": ["nncf==3.4.0"]}
 ROUNDS, SECONDS = 5, 0.1
@@ -86,6 +90,46 @@ def main(arguments: list[str]) -> None:
                     "rows": [rows[one] for one in ROWS if one in rows],
                 },
             )
+    picture([rows[one] for one in ROWS if one in rows]).savefig(PICTURE, dpi=120)
+
+
+def weight_bits(way: str) -> int:
+    """Bits of a weight, as the name of a way tells.
+
+    Example:
+        >>> [weight_bits(way) for way in ("W4A8, openvino", "PyTorch bf16", "NNCF, openvino")]
+        [4, 16, 8]
+    """
+    if found := re.search(r"\bW(\d)|int(\d)", way):
+        return int(found[1] or found[2])
+    if re.search("NNCF|dynamic|static", way):
+        return 8
+    return 16 if "bf16" in way else 32
+
+
+def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the time of all ways by bits, one plot a row, with a line along the fastest."""
+    figure = Figure(figsize=(9.6, 3.2 * -(-len(rows) // 3)), layout="constrained")
+    plots = figure.subplots(-(-len(rows) // 3), 3, squeeze=False).flatten()
+    for axes, row in zip(plots, rows, strict=False):
+        by_bits: dict[int, list[float]] = {}
+        for way, time in row["milliseconds"].items():
+            by_bits.setdefault(weight_bits(way), []).append(time)
+        for bits, times in by_bits.items():
+            axes.plot([bits] * len(times), times, "o", color="#8a93a3", ms=4)
+        fastest = sorted((bits, min(times)) for bits, times in by_bits.items())
+        axes.plot(*zip(*fastest, strict=True), "o-", color="#2f5fd0")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.set_title(row["name"], fontsize=10)
+        axes.set_xlabel("bits of a weight")
+        axes.set_ylabel("milliseconds")
+        axes.grid(alpha=0.3, which="both")
+    for axes in plots[len(rows) :]:
+        axes.set_visible(False)
+    return figure
 
 
 def milliseconds(runs: Mapping[str, Run]) -> dict[str, float]:
