@@ -19,6 +19,7 @@ from supple.prune import _units
 from supple.prune import base as prune
 from supple.quantize import _qat
 from supple.quantize import base as quantize
+from supple.quantize._embeddings import Embeddings
 from supple.quantize._smooth import SmoothQuant
 from supple.technique import Technique, from_settings, make
 
@@ -66,7 +67,11 @@ def _all(
 
 _FAMILIES: Mapping[str, Mapping[str, tuple[type[Technique], Mapping[str, Any]]]] = {
     "weights": _all(prune.Weights, prune.BASELINES),
-    "codes": {**_all(quantize.Weights, quantize.BASELINES), "smoothquant": (SmoothQuant, {})},
+    "codes": {
+        **_all(quantize.Weights, quantize.BASELINES),
+        "smoothquant": (SmoothQuant, {}),
+        "embeddings": (Embeddings, {}),
+    },
     "qat": _all(_qat.QAT, _qat.BASELINES),
 }
 """The class and the settings of each baseline, by family and name."""
