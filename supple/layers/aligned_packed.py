@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from supple.errors import SettingError
 from supple.formats import Quantized, QuantSpec, quantize
 from supple.layers.factorized import FactorizedLinear
-from supple.layers.packed import PackedMatrix, pack_codes, unpack_codes
+from supple.layers.packed import PackedMatrix, linear_shape, pack_codes, unpack_codes
 
 __all__ = ["AlignedPackedLinear", "AlignedQuantized", "align"]
 
@@ -236,12 +236,7 @@ class AlignedPackedLinear(FactorizedLinear):
         """
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, Tensor)
-        shape = weight.shape if isinstance(linear, nn.Linear) else weight.T.shape
-        if quantized.shape != shape:
-            raise SettingError(
-                f"the layer's weight is a matrix of shape {tuple(shape)}, got one of shape "
-                f"{tuple(quantized.shape)}"
-            )
+        shape = linear_shape(linear, quantized.shape)
         size = quantized.few.spec.group_size
         assert size is not None
         made = cls(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from supple.errors import SettingError
 from supple.formats import Quantized, QuantSpec
 from supple.layers.factorized import FactorizedLinear, unfilled
-from supple.layers.packed import Engine, PackedLinear, pack_codes, unpack_codes
+from supple.layers.packed import Engine, PackedLinear, linear_shape, pack_codes, unpack_codes
 
 __all__ = ["MixedPackedLinear", "MixedQuantized"]
 
@@ -181,12 +181,7 @@ class MixedPackedLinear(FactorizedLinear):
         """
         weight = linear.weight
         assert isinstance(weight, Tensor)
-        shape = weight.shape if isinstance(linear, nn.Linear) else weight.T.shape
-        if quantized.shape != shape:
-            raise SettingError(
-                f"the layer's weight is a matrix of shape {tuple(shape)}, got one of shape "
-                f"{tuple(quantized.shape)}"
-            )
+        shape = linear_shape(linear, quantized.shape)
         made = cls(
             shape[1],
             shape[0],

@@ -23,7 +23,7 @@ than a dense layer, up to a hundred times, so they are not.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -51,6 +51,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "PackedMatrix",
+    "linear_shape",
     "pack_codes",
     "unpack_codes",
 ]
@@ -930,6 +931,27 @@ def _check_input(input: QuantSpec | None, fixed: bool, allowed: tuple[str, ...])
             "a range for all inputs needs input of granularity 'tensor', got "
             f"{input.granularity!r}"
         )
+
+
+def linear_shape(linear: nn.Module, codes: Sequence[int]) -> tuple[int, int]:
+    """Gives the outputs and inputs of a linear layer that codes are to stand for.
+
+    Args:
+        linear: An `nn.Linear`, or `transformers`' `Conv1D`, which holds the transpose.
+        codes: The shape of the quantized matrix.
+
+    Raises:
+        SettingError: That is another one.
+    """
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape if isinstance(linear, nn.Linear) else weight.T.shape
+    if tuple(codes) != (rows, columns):
+        raise SettingError(
+            f"the layer's weight is a matrix of shape {(rows, columns)}, got one of shape "
+            f"{tuple(codes)}"
+        )
+    return rows, columns
 
 
 def _check_matrix(quantized: Quantized, shape: tuple[int, int]) -> None:

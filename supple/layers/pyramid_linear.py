@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from supple.errors import SettingError
 from supple.layers.factorized import FactorizedLinear
-from supple.layers.packed import pack_codes, unpack_codes
+from supple.layers.packed import linear_shape, pack_codes, unpack_codes
 
 __all__ = ["Pyramid", "PyramidCodes", "PyramidLinear"]
 
@@ -331,12 +331,7 @@ class PyramidLinear(FactorizedLinear):
         """
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, Tensor)
-        shape = weight.shape if isinstance(linear, nn.Linear) else weight.T.shape
-        if tuple(codes.shape) != tuple(shape):
-            raise SettingError(
-                f"the layer's matrix has shape {tuple(shape)}, got codes of "
-                f"{tuple(codes.shape)}"
-            )
+        shape = linear_shape(linear, codes.shape)
         pyramid, levels = codes.pyramid, len(codes.levels)
         made = cls(
             shape[1],

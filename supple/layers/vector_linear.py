@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from supple.errors import SettingError
 from supple.layers.factorized import FactorizedLinear
-from supple.layers.packed import pack_codes, unpack_codes
+from supple.layers.packed import linear_shape, pack_codes, unpack_codes
 
 __all__ = ["VectorCodes", "VectorLinear", "VectorPart"]
 
@@ -174,12 +174,7 @@ class VectorLinear(FactorizedLinear):
         """
         weight = linear.weight
         assert isinstance(weight, Tensor)
-        shape = weight.shape if isinstance(linear, nn.Linear) else weight.T.shape
-        if tuple(codes.shape) != tuple(shape):
-            raise SettingError(
-                f"the layer's matrix has shape {tuple(shape)}, got codes of "
-                f"{tuple(codes.shape)}"
-            )
+        shape = linear_shape(linear, codes.shape)
         bias = linear.bias
         made = cls(
             shape[1], shape[0], codes.structure, bias=bias is not None, dtype=weight.dtype
