@@ -36,11 +36,13 @@ class Cells:
         benchmark: Its name, also the file's.
         setting: What all cells have in common; cells of another setting are dropped.
         packages: Packages of peers, with their versions.
+        failed: Peers that did not install, and what pip said.
     """
 
     benchmark: str
     setting: Mapping[str, Any]
     packages: list[str] = field(default_factory=list)
+    failed: Mapping[str, str] = field(default_factory=dict)
     found: dict[str, Cell] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Cells:
                 "command": f"python -m benchmarks.{self.benchmark}",
                 "machine": device_name(),
                 "packages": self.packages,
+                "not installed": dict(self.failed),
                 "setting": dict(self.setting),
                 "cells": self.found,
             },
@@ -108,7 +111,7 @@ def environment(name: str, packages: Mapping[str, list[str]]) -> tuple[Path, dic
 
     Args:
         name: Of its folder in `benchmarks/.envs`.
-        packages: What to install, by tool.
+        packages: What to install, by tool, with options of pip where it needs any.
 
     Returns:
         Its Python, and for each tool that does not install what pip said.

@@ -12,8 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import _cells
 from supple.cost.measure import device_name
 from supple.files import read_json, write_json
 from tests.zoo import ZOO
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "any_model.json"
-ENVIRONMENT = HERE / ".envs" / "peers"
 PEERS = {  # tool: its package, and what that needs beside what is here already
     "torch-pruning": ["torch-pruning==1.6.1"],
     "torch-pruning with head counts": ["torch-pruning==1.6.1"],
@@ -40,23 +38,9 @@ PEERS = {  # tool: its package, and what that needs beside what is here already
 
 
 def environment() -> tuple[Path, dict[str, str]]:
-    """Makes the peers' environment, if need be.
-
-    Returns:
-        Its Python, and for each tool that does not install what pip said.
-    """
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        own = sysconfig.get_path("purelib", vars={"base": str(ENVIRONMENT)})
-        (Path(own) / "zz_supple.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    failed: dict[str, str] = {}
-    for tool, packages in PEERS.items():
-        command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *packages]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            failed[tool] = done.stderr.strip().splitlines()[-1]
-    return python, failed
+    """Gives the peers' Python, and for each tool that does not install what pip said."""
+    wanted = {tool: ["--no-deps", *packages] for tool, packages in PEERS.items()}
+    return _cells.environment("peers", wanted)
 
 
 def run(python: Path, tool: str, families: list[str]) -> dict[str, dict[str, Any]]:

@@ -13,32 +13,22 @@ writes nothing. Arguments choose arms, by the beginning of their names. Seconds 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._cells import Cell, Cells, run_cell
 from benchmarks._prune_arms import ARMS, DECAY, LR
 from benchmarks.any_model import PEERS, environment
-from supple.cost.measure import device_name
-from supple.files import read_json, write_json
 
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "prune.json"
 DEPTHS, LEFT, SEEDS, STEPS = (20, 32, 56), (0.5, 0.25), (0, 1, 2), 100
-WORKERS = 2
 TOOLS = ("supple", "torch-pruning", "only-train-once")
-Cells = dict[str, dict[str, Any]]
+Found = Mapping[str, Cell]
 
 
 def tool_of(arm: str) -> str:
@@ -51,7 +41,7 @@ def name(arm: str, depth: int, left: float, seed: int) -> str:
     return f"{arm}/resnet{depth}/{left:.0%}/{seed}"
 
 
-def best(tool: str, depth: int, left: float, cells: Cells) -> str | None:
+def best(tool: str, depth: int, left: float, cells: Found) -> str | None:
     """A tool's arm with the highest accuracy with the first seed, if all of them have run."""
     names = {arm: name(arm, depth, left, SEEDS[0]) for arm in ARMS if tool_of(arm) == tool}
     if any(cell not in cells for cell in names.values()):
@@ -60,7 +50,7 @@ def best(tool: str, depth: int, left: float, cells: Cells) -> str | None:
     return max(done, key=lambda arm: done[arm]) if done else None
 
 
-def wanted(cells: Cells, chosen: list[str]) -> Iterator[tuple[str, int, float, int]]:
+def wanted(cells: Found, chosen: list[str]) -> Iterator[tuple[str, int, float, int]]:
     """The cells that are missing and can be run now."""
     for seed in SEEDS:
         for depth in DEPTHS:
@@ -74,29 +64,19 @@ def wanted(cells: Cells, chosen: list[str]) -> Iterator[tuple[str, int, float, i
                         yield arm, depth, left, seed
 
 
-def run(arm: str, depth: int, left: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
+def run(arm: str, depth: int, left: float, seed: int, steps: int = STEPS) -> Cell:
     """Runs a cell in the peers' environment."""
     python, _ = environment_once()
-    command = [python, "-W", "ignore", "-m", "benchmarks._prune_arms"]
-    command += [arm, str(depth), str(left), str(seed), str(steps)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=settings, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"ran": False, "why": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"ran": True, **found, "date": time.strftime("%Y-%m-%d")}
+    return run_cell(python, "_prune_arms", arm, depth, left, seed, steps)
 
 
 @cache
-def environment_once() -> tuple[str, dict[str, str]]:
+def environment_once() -> tuple[Path, dict[str, str]]:
     """The peers' Python, and what did not install."""
-    python, failed = environment()
-    return str(python), failed
+    return environment()
 
 
-def table(cells: Cells) -> Table:
+def table(cells: Found) -> Table:
     """Accuracy by arm and network: the mean over seeds, and how far they spread."""
     columns = [(depth, left) for depth in DEPTHS for left in LEFT]
     drawn = Table("arm", *(f"resnet{depth} {left:.0%}" for depth, left in columns))
@@ -105,7 +85,7 @@ def table(cells: Cells) -> Table:
     return drawn
 
 
-def told(cells: Cells, arm: str, depth: int, left: float) -> str:
+def told(cells: Found, arm: str, depth: int, left: float) -> str:
     """One cell of the table."""
     left = 1.0 if arm == "dense" else left
     found = [cells.get(name(arm, depth, left, seed)) for seed in SEEDS]
@@ -129,30 +109,11 @@ def main(arguments: list[str]) -> None:
             print(arm, run(arm, DEPTHS[0], LEFT[0], 0, steps=10), flush=True)
         return
     setting = {"steps": STEPS, "lr": LR, "weight_decay": DECAY}
-    known = read_json(RESULT) if RESULT.exists() else {}
-    cells: Cells = known.get("cells", {}) if known.get("setting") == setting else {}
-    _, failed = environment_once()
-    while missing := list(wanted(cells, arguments)):
-        with ThreadPoolExecutor(WORKERS) as pool:
-            running = {pool.submit(run, *cell): name(*cell) for cell in missing}
-            for done in as_completed(running):
-                cells[running[done]] = done.result()
-                print(running[done], cells[running[done]], flush=True)
-                write_json(
-                    RESULT,
-                    {
-                        "benchmark": "prune",
-                        "command": "python -m benchmarks.prune",
-                        "machine": device_name(),
-                        "packages": sorted(
-                            {p for t in TOOLS[1:] for p in PEERS[t] if "==" in p}
-                        ),
-                        "not installed": failed,
-                        "setting": setting,
-                        "cells": cells,
-                    },
-                )
-    Console().print(table(cells))
+    packages = sorted({one for tool in TOOLS[1:] for one in PEERS[tool] if "==" in one})
+    cells = Cells("prune", setting, packages, environment_once()[1])
+    while missing := list(wanted(cells.found, arguments)):
+        cells.fill({name(*one): partial(run, *one) for one in missing})
+    Console().print(table(cells.found))
 
 
 if __name__ == "__main__":

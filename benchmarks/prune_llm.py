@@ -17,36 +17,22 @@ install, its arms say why.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import sysconfig
-import time
-import venv
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._cells import Cell, Cells, environment, run_cell
 from benchmarks._prune_llm_arms import ARMS, SPARSITY, STRUCTURED
-from supple.cost.measure import device_name
-from supple.files import read_json, write_json
 from supple.technique import techniques
 
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "prune_llm.json"
-ENVIRONMENT = HERE / ".envs" / "llm"
 PEER = "llmcompressor==0.14.0.1"
 SEEDS, WINDOWS, TESTED = (0, 1, 2), 64, 512
-WORKERS = 2
-Cells = dict[str, dict[str, Any]]
-Cell = tuple[str, str, int]
+Found = Mapping[str, Cell]
 
 
 def name(setting: str, arm: str, seed: int) -> str:
@@ -65,7 +51,7 @@ def arms() -> Iterator[tuple[str, str]]:
                 yield setting, arm
 
 
-def wanted(cells: Cells, chosen: list[str]) -> list[Cell]:
+def wanted(cells: Found, chosen: list[str]) -> list[tuple[str, str, int]]:
     """The cells that are missing."""
     return [
         (setting, arm, seed)
@@ -78,39 +64,22 @@ def wanted(cells: Cells, chosen: list[str]) -> list[Cell]:
 
 
 @cache
-def peers() -> tuple[Path, str]:
-    """The Python of llm-compressor's environment, and why it is not there."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        own = sysconfig.get_path("purelib", vars={"base": str(ENVIRONMENT)})
-        (Path(own) / "zz_supple.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    command = [str(python), "-m", "pip", "install", "--quiet", PEER]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return python, done.stderr.strip().splitlines()[-1] if done.returncode else ""
+def peers() -> tuple[Path, dict[str, str]]:
+    """The Python of llm-compressor's environment, and why that did not install."""
+    return environment("llm", {PEER: [PEER]})
 
 
-def run(cell: Cell, count: int = WINDOWS, tested: int = TESTED) -> dict[str, Any]:
+def run(setting: str, arm: str, seed: int, count: int = WINDOWS, tested: int = TESTED) -> Cell:
     """Runs a cell."""
-    setting, arm, seed = cell
     python = Path(sys.executable)
     if arm.startswith("llm-compressor"):
-        python, why = peers()
-        if why:
-            return {"ran": False, "why": why}
-    command = [str(python), "-W", "ignore", "-m", "benchmarks._prune_llm_arms"]
-    command += [setting, arm, str(seed), str(count), str(tested)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=settings, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"ran": False, "why": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"ran": True, **found, "date": time.strftime("%Y-%m-%d")}
+        python, failed = peers()
+        if failed:
+            return {"ran": False, "why": failed[PEER]}
+    return run_cell(python, "_prune_llm_arms", setting, arm, seed, count, tested)
 
 
-def table(cells: Cells) -> Table:
+def table(cells: Found) -> Table:
     """Perplexity by arm: the mean over seeds, and how far they spread."""
     columns = ("perplexity", "params", "zeros", "seconds", "peak MB", "seeds")
     drawn = Table("what goes", "arm", *columns)
@@ -147,7 +116,7 @@ def main(arguments: list[str]) -> None:
     """
     if "--fast" in arguments:
         for setting, arm in arms():
-            print(setting, arm, run((setting, arm, 0), count=2, tested=8), flush=True)
+            print(setting, arm, run(setting, arm, 0, count=2, tested=8), flush=True)
         return
     setting = {
         "windows": WINDOWS,
@@ -155,25 +124,10 @@ def main(arguments: list[str]) -> None:
         "sparsity": SPARSITY,
         "structured": STRUCTURED,
     }
-    known = read_json(RESULT) if RESULT.exists() else {}
-    cells: Cells = known.get("cells", {}) if known.get("setting") == setting else {}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        running = {pool.submit(run, cell): name(*cell) for cell in wanted(cells, arguments)}
-        for done in as_completed(running):
-            cells[running[done]] = done.result()
-            print(running[done], cells[running[done]], flush=True)
-            write_json(
-                RESULT,
-                {
-                    "benchmark": "prune_llm",
-                    "command": "python -m benchmarks.prune_llm",
-                    "machine": device_name(),
-                    "packages": [PEER],
-                    "setting": setting,
-                    "cells": cells,
-                },
-            )
-    Console().print(table(cells))
+    cells = Cells("prune_llm", setting, [PEER])
+    missing = wanted(cells.found, arguments)
+    cells.fill({name(*one): partial(run, *one) for one in missing})
+    Console().print(table(cells.found))
 
 
 if __name__ == "__main__":
