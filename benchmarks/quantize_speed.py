@@ -76,7 +76,12 @@ def main(arguments: list[str]) -> None:
             with torch.inference_mode():
                 runs = dict(make(place, python, refused))
                 times = milliseconds(runs)
-            rows[name] = {"name": name, "milliseconds": times, "refused": refused}
+            rows[name] = {
+                "name": name,
+                "milliseconds": times,
+                "bits": {way: weight_bits(way) for way in times},
+                "refused": refused,
+            }
             show(rows[name])
             write_json(
                 RESULT,
@@ -87,6 +92,7 @@ def main(arguments: list[str]) -> None:
                     "packages": [one for packages in PEERS.values() for one in packages],
                     "not installed": failed,
                     "bytes per second copied": speed,
+                    "width": WIDTH,
                     "rows": [rows[one] for one in ROWS if one in rows],
                 },
             )
@@ -114,7 +120,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, row in zip(plots, rows, strict=False):
         by_bits: dict[int, list[float]] = {}
         for way, time in row["milliseconds"].items():
-            by_bits.setdefault(weight_bits(way), []).append(time)
+            by_bits.setdefault(row["bits"][way], []).append(time)
         for bits, times in by_bits.items():
             axes.plot([bits] * len(times), times, "o", color="#8a93a3", ms=4)
         fastest = sorted((bits, min(times)) for bits, times in by_bits.items())

@@ -31,7 +31,8 @@ SPEED = """## How fast they are
 
 One forward in milliseconds on one thread, random weights. *Supple* ways are named by the
 quantizer and the engine that runs them; `supple export --engine auto` tries the engines in
-the same way. Bytes are copied at {copied:.1f} GB a second here. {packages}.
+the same way. Bytes are copied at {copied:.1f} GB a second here (`memcpy`, one thread); what of
+that reading the weights' codes comes to stands beside the linear layers. {packages}.
 """
 
 
@@ -124,18 +125,23 @@ def _mean(values: list[float]) -> str:
 
 def speed(result: dict[str, Any]) -> str:
     """Gives the tables of `benchmarks.quantize_speed`."""
-    text = SPEED.format(
-        copied=result["bytes per second copied"] / 1e9, packages=", ".join(result["packages"])
-    )
+    copied = result["bytes per second copied"]
+    text = SPEED.format(copied=copied / 1e9, packages=", ".join(result["packages"]))
     text += f"\n`{result['command']}` on {result['machine']}.\n"
     if (IMAGES / "quantize-speed.png").exists():
         text += "\n![speed by bits](images/quantize-speed.png)\n"
     for row in result["rows"]:
-        text += f"\n### {row['name']}\n\n| way | milliseconds | PyTorch's float32 over it |\n"
-        text += "|---|---|---|\n"
+        linear = row["name"].startswith("linear")
+        heads = ["way", "milliseconds", "PyTorch's float32 over it"]
+        heads += ["weights read, GB a second (share of copying)"] * linear
+        text += f"\n### {row['name']}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
         times = row["milliseconds"]
         base = times.get("PyTorch", times.get("fp32, pytorch"))
         for way, time in sorted(times.items(), key=lambda one: one[1]):
-            text += f"| {way} | {time:.3f} | {base / time:.2f} |\n"
+            cells = [way, f"{time:.3f}", f"{base / time:.2f}"]
+            if linear:
+                read = result["width"] ** 2 * row["bits"][way] / 8 / (time / 1e3)
+                cells.append(f"{read / 1e9:.1f} ({read / copied:.0%})")
+            text += f"| {' | '.join(cells)} |\n"
         text += "".join(f"\n{way} failed: `{why}`\n" for way, why in row["refused"].items())
     return text
