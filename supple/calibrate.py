@@ -858,8 +858,8 @@ class _Walk:
             raise UnsupportedModelError(
                 f"the block '{self.paths[index]}' is given values that are no numbers: either "
                 "the network computes such, or the block uses what another block than the one "
-                "before it gives, and can't be walked through block by block; gather the "
-                "statistics of the whole network at once"
+                "before it gives, and can't be walked through block by block; leave its layers "
+                "out"
             )
 
     def advance(self, index: int) -> None:
@@ -895,8 +895,7 @@ class _Walk:
         if twice is not None:
             raise UnsupportedModelError(
                 f"the block '{twice}' runs several times in one forward, so it can't be "
-                "finished before what comes after it; gather the statistics of the whole "
-                "network at once"
+                "finished before what comes after it; leave its layers out"
             )
         if not ran:
             raise UnsupportedModelError(

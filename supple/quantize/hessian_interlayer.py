@@ -117,6 +117,11 @@ class HessianInterlayer(Quantizer):
             raise SettingError("levels are of whole numbers: leave format=None")
         if not 0 <= self.rise < math.inf:
             raise SettingError(f"rise must be at least 0, got {self.rise}")
+        if self.mean_bits is not None and not self.mean_bits >= self.bits:
+            raise SettingError(
+                f"mean_bits must be at least the fewest bits that a layer gets, {self.bits}, "
+                f"got {self.mean_bits}; add a smaller one to levels, which are {self.levels}"
+            )
         if self.samples < 1:
             raise SettingError(f"samples must be at least 1, got {self.samples}")
         if self.together not in get_args(Together):
