@@ -99,6 +99,7 @@ def by_llm_compressor(method: str, bits: int, activations: int | None = None) ->
         from llmcompressor import oneshot
         from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
         from llmcompressor.modifiers.transform import AWQModifier
+        from llmcompressor.pipelines.cache import IntermediatesCache
 
         weights = {
             "num_bits": bits,
@@ -122,6 +123,8 @@ def by_llm_compressor(method: str, bits: int, activations: int | None = None) ->
             "gptq": lambda: [GPTQModifier(actorder=None, **told)],
             "awq": lambda: [AWQModifier(duo_scaling=False), QuantizationModifier(**told)],
         }[method]()
+        # Its AWQ pins memory for a GPU, which fails where there is none.
+        IntermediatesCache.pin_memory = lambda cache, index, names=None: None
         rows = [row for batch in data for row in batch["input_ids"].tolist()]
         columns = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         oneshot(

@@ -52,7 +52,7 @@ NETWORKS = {
     "minilm": (0,),
 }
 """Networks, and the seeds of their calibration data."""
-ONCE = ("quantize/awq", "quantize/flatquant", "quantize/flexround")
+ONCE = ("quantize/awq", "quantize/flatquant", "quantize/flexround", "llm-compressor awq")
 """Arms that take minutes, and run with the first seed only."""
 STEPS = {"resnet20": 300, "resnet56": 100}
 PICTURES = {
