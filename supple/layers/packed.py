@@ -10,6 +10,8 @@ is as small as `QuantSpec.nbytes` promises. Between the layer and its product st
   product of whole numbers.
 - `"int4"` and `"int8"`, PyTorch's kernels for inputs in bfloat16 that take codes apart in
   registers.
+- `"triton"`, on GPUs where Triton is installed, does so for whole numbers of up to 8 bits and
+  inputs of any type (see `supple.layers.triton_linear`). Quantized inputs are rounded first.
 
 `"auto"`, the default, takes the fastest of these that computes the same up to the rounding of
 the input's own type; `"bfloat16"` lets inputs in float32 be rounded to bfloat16 for kernels.
@@ -196,6 +198,15 @@ class _Scales:
         elif zero is not None:
             held["zero"] = zero.to(_HELD[self.spec.zero_format])
         return held
+
+    def readable(self, held: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Gives scales, and zero points where there are any, in the fewest bytes, as floats."""
+        scale, zero = self.unpack(held)
+        found = (held["scale"] if self.spec.scale_format in _HELD else scale,)
+        if zero is None:
+            return found
+        # Zero points that are codes of up to 8 bits are whole numbers that float16 has.
+        return *found, zero.half() if self.spec.zero_format == "code" else held["zero"]
 
     def unpack(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Gives scales and zero points, float32, (rows, groups)."""
@@ -526,11 +537,14 @@ class PackedLinear(_Packed, FactorizedLinear):
             self.engine == "plain"
             or torch.compiler.is_compiling()
             or _get_current_dispatch_mode() is not None  # who records wants plain operators
-            or not x.is_cpu
-            or not self.codes.is_cpu
+            or x.device != self.codes.device
             or not x.numel()
             or (torch.is_grad_enabled() and x.requires_grad)
         ):
+            return "plain"
+        if x.is_cuda and self._suits_triton(x):
+            return "triton"
+        if not x.is_cpu:
             return "plain"
         if self.input is not None:
             return "integer" if self._is_whole(self.input) else self._whole_or_rows()
@@ -547,6 +561,16 @@ class PackedLinear(_Packed, FactorizedLinear):
         """Whether the matrix is put together at once, or some rows at a time, in the cache."""
         own = type(self).quantized is _Packed.quantized and self.spec.bits <= 8
         return "rows" if own and self.out_features > self._rows_at_once() else "plain"
+
+    def _suits_triton(self, x: Tensor) -> bool:
+        from supple.layers import triton_linear  # imports Triton, which takes a while
+
+        return (
+            type(self).quantized is _Packed.quantized
+            and x.dtype in triton_linear.INPUTS
+            and triton_linear.unsuited(self.spec, self.in_features) is None
+            and triton_linear.works(x.device)
+        )
 
     def _rows_at_once(self) -> int:
         return max(8, _AT_ONCE // self.in_features // 8 * 8)
@@ -573,6 +597,8 @@ class PackedLinear(_Packed, FactorizedLinear):
         return _is_integer(self.spec, input)
 
     def _prepare(self, engine: str) -> tuple[Tensor, ...]:
+        if engine == "triton":
+            return self._scales.readable(dict(self.named_buffers(recurse=False)))
         return _PREPARED[engine](self.quantized())
 
     def _ready(self, engine: str) -> tuple[Tensor, ...]:
@@ -910,8 +936,21 @@ def _integer_product(layer: PackedLinear, x: Tensor) -> Tensor:
     return product * seen.scale * scale
 
 
+def _triton_product(layer: PackedLinear, x: Tensor) -> Tensor:
+    from supple.layers import triton_linear
+
+    return triton_linear.product(
+        layer._rounded(x), layer.codes, layer.spec, *layer._ready("triton")
+    )
+
+
 _PREPARED = {"int4": _ready_int4, "int8": _ready_int8, "integer": _ready_integer}
-_PRODUCTS = {"int4": _int4_product, "int8": _int8_product, "integer": _integer_product}
+_PRODUCTS = {
+    "int4": _int4_product,
+    "int8": _int8_product,
+    "integer": _integer_product,
+    "triton": _triton_product,
+}
 
 # -------------------------------------------------------------------------------- checks
 
