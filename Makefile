@@ -13,7 +13,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint types imports fmt postgres reproduce bench docs size lock check-technique clean
+.PHONY: help setup demo test test-all test-triton check lint types imports fmt postgres reproduce bench docs size lock check-technique clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,11 @@ test: lint types  ## everything a change must pass: style, types, layers, tests
 
 test-all: lint types  ## the same with slow tests
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not network"
+
+test-triton: setup  ## install Triton and test products by packed codes (on a GPU, if there is one)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton>=3.2"
+	$(BIN)/pytest tests/layers/test_triton_linear.py \
+		-m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
 
 check: test docs  ## what CI runs, and the documentation
 
