@@ -198,7 +198,5 @@ def test_layers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SettingError, match="1 to 256 levels of gains, got 0"):
         PyramidLinear(8, 6, 4, 3, 0)
     codes = PyramidLinear(8, 6, 4, 3, 2).quantized()
-    with pytest.raises(
-        SettingError, match=r"shape \(6, 9\), got one of shape \(6, 8\)"
-    ):
+    with pytest.raises(SettingError, match=r"shape \(6, 9\), got one of shape \(6, 8\)"):
         PyramidLinear.from_codes(nn.Linear(9, 6), codes)

@@ -196,7 +196,5 @@ def test_layers_of_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SettingError, match="codebooks of 1 to 65536 entries, got 8, 2 and"):
         VectorLinear(8, 6, [(8, 2, [0])])
     codes = VectorLinear(8, 6, [(8, 2, [4])]).codes()
-    with pytest.raises(
-        SettingError, match=r"shape \(6, 9\), got one of shape \(6, 8\)"
-    ):
+    with pytest.raises(SettingError, match=r"shape \(6, 9\), got one of shape \(6, 8\)"):
         VectorLinear.from_codes(nn.Linear(9, 6), codes)
