@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "replacing",
+    "replacing_folder",
     "sweep",
     "write_json",
     "write_tensors",
@@ -68,6 +70,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str], ours: Container[str] = ()) -> Iterator[Path]:
+    """Gives a new folder to write to, beside another, and puts it in its place at the end.
+
+    On an exception `path` stays as it was. Missing folders above it are created.
+
+    Args:
+        path: The folder that is to exist in the end.
+        ours: Names of files that the old folder may lose; what else is in it is kept.
+
+    Yields:
+        An empty folder.
+
+    Raises:
+        CheckpointError: The folder can't be created or moved.
+    """
+    target, mark = Path(path), uuid.uuid4().hex[:12]
+    new, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("new", "old"))
+    try:
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir()
+        yield new
+        with _writing(target):
+            _swap(new, target, old, ours)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
@@ -246,6 +277,22 @@ def _writing(path: str | os.PathLike[str]) -> Iterator[None]:
             f"can't write {path}: {reason}; choose a folder that exists or can be created, "
             "that you may write to and that has room"
         ) from error
+
+
+def _swap(new: Path, target: Path, old: Path, ours: Container[str]) -> None:
+    if not target.exists():
+        os.rename(new, target)
+        return
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    for other in old.iterdir():  # what somebody else keeps there
+        if other.name not in ours:
+            os.rename(other, target / other.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -19,8 +19,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +82,7 @@ def save(network: Elastic | nn.Module, directory: str | os.PathLike[str]) -> Non
         elastic, more = _described_elastic(network)
         description |= {"kind": "elastic", "elastic": elastic}
         tensors |= more
-    with _replacing_folder(target) as folder:
+    with files.replacing_folder(target, _OURS) as folder:
         sums = {}
         for name, content in tensors.items():
             files.write_tensors(folder / name, content)
@@ -329,38 +327,6 @@ def _explained(target: Path) -> Iterator[None]:
             f"can't write {target}: {error.strerror or error}; choose a folder that you may "
             "write to and that has room"
         ) from error
-
-
-@contextlib.contextmanager
-def _replacing_folder(target: Path) -> Iterator[Path]:
-    """Gives a new folder to write to, beside `target`, and puts it in its place at the end."""
-    mark = uuid.uuid4().hex[:12]
-    new, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("new", "old"))
-    try:
-        with _explained(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            new.mkdir()
-        yield new
-        with _explained(target):
-            _swap(new, target, old)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _swap(new: Path, target: Path, old: Path) -> None:
-    if not target.exists():
-        os.rename(new, target)
-        return
-    os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    for other in old.iterdir():  # what somebody else keeps there
-        if other.name not in _OURS:
-            os.rename(other, target / other.name)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
