@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from supple.cli.errors import plain_errors
-from supple.errors import SettingError
+from supple.errors import SettingError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,9 +114,18 @@ def export(
     network: Annotated[Path, typer.Argument(help="The folder of a saved network.")],
     file: Annotated[
         Path,
-        typer.Argument(help="Where to: .onnx, .pt2 or .xml; with --engine a new folder."),
+        typer.Argument(
+            help="Where to: .onnx, .pt2 or .xml; with --format or --engine a folder."
+        ),
     ],
     inputs: Inputs = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="compressed-tensors: a folder with the codes of a quantized transformers "
+            "model, for transformers, vLLM and others."
+        ),
+    ] = None,
     dynamic_batch: Annotated[
         bool, typer.Option(help="Leave the batch size open in the file.")
     ] = False,
@@ -136,7 +145,7 @@ def export(
         typer.Option(help="Largest difference of outputs, over their largest magnitude."),
     ] = None,
 ) -> None:
-    """Export a saved network, run the file, and compare the outputs."""
+    """Export a saved network; a file that others run is run, and its outputs compared."""
     from torch import nn
 
     import supple
@@ -148,6 +157,16 @@ def export(
         raise SettingError(
             f"{network} holds an elastic network; cut a size out with `supple extract`"
         )
+    if format is not None:
+        given = {
+            "--input": inputs,
+            "--dynamic-batch": dynamic_batch,
+            "--engine": engine,
+            "--batch": batch,
+            "--tolerance": tolerance,
+        }
+        _written_as(format, module, file, [name for name, value in given.items() if value])
+        return
     args, kwargs = _parsed(inputs) if inputs else read_example(network)
     if batch is not None or (dynamic_batch and not inputs):
         args, kwargs = with_batch(2 if batch is None else batch, args, kwargs)
@@ -161,6 +180,26 @@ def export(
     )
     Console().print(
         f"{written}: its outputs equal the network's", highlight=False, soft_wrap=True
+    )
+
+
+def _written_as(format: str, module: nn.Module, folder: Path, given: Sequence[str]) -> None:
+    """Writes the weights alone: nothing is run."""
+    from supple.deploy.compressed_tensors import save_compressed_tensors
+
+    if format != "compressed-tensors":
+        raise SettingError(
+            f"there is no format {format!r}{nearest(format, ['compressed-tensors'])}; it is "
+            "compressed-tensors, and others are chosen by the file's ending"
+        )
+    if given:
+        raise SettingError(f"--format writes weights and runs nothing: leave out {given[0]}")
+    save_compressed_tensors(module, folder)
+    Console().print(
+        f"{folder}: for transformers' from_pretrained, vLLM and others; put the tokenizer's "
+        "files beside them",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
