@@ -215,10 +215,12 @@ def write_tensors(
     header = {str(key): str(value) for key, value in (metadata or {}).items()}
     header["sha256"] = _tensor_checksum(plain, header)
     with replacing(path) as temporary:
+        mode = temporary.stat().st_mode
         try:
             save_file(plain, temporary, metadata=header)
         except SafetensorError as error:  # how it tells of a full disk
             raise OSError(str(error)) from error
+        temporary.chmod(mode)  # it makes a file that only its owner may read
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -168,11 +168,13 @@ def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_missing_folders_are_made_and_files_are_readable_by_others(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.txt"
-    write_text(path, "text\n")
+    path = tmp_path / "a" / "b"
     umask = os.umask(0)
     os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    for write in (write_text, write_json, write_tensors):
+        write(path, {} if write is not write_text else "text\n")
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+        path.unlink()
 
 
 def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ __all__ = ["DESCRIPTION", "ENGINES", "Trial", "deploy", "load"]
 
 DESCRIPTION = "engine.json"
 SCHEMA = 1
+_OURS = {
+    DESCRIPTION,
+    "network",
+    *(f"network{end}" for end in (".bin", ".onnx", ".pt2", ".xml")),
+}
 TOLERANCE = 5e-2
 ROUNDS, SECONDS = 7, 0.02
 
@@ -359,26 +364,15 @@ def _place(
     made: Path, target: Path, best: Trial, trials: Sequence[Trial], threads: int
 ) -> None:
     """Writes the folder anew beside its place, and moves it there when it is complete."""
-    files.write_json(
-        made / DESCRIPTION,
-        {
-            "engine": best.engine,
-            "threads": threads,
-            "device": device_name(threads=threads),
-            "trials": [vars(one) for one in trials],
-        },
-        schema=SCHEMA,
-    )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as near:
-            new = Path(near) / "new"
-            shutil.copytree(made, new)
-            if target.exists():
-                target.rename(Path(near) / "old")
-            new.rename(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"can't write {target}: {error.strerror or error}; choose a folder that you may "
-            "write to"
-        ) from error
+    with files.replacing_folder(target, _OURS) as folder:
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        files.write_json(
+            folder / DESCRIPTION,
+            {
+                "engine": best.engine,
+                "threads": threads,
+                "device": device_name(threads=threads),
+                "trials": [vars(one) for one in trials],
+            },
+            schema=SCHEMA,
+        )
