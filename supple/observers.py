@@ -32,6 +32,7 @@ __all__ = [
 
 _SAMPLES = 4096
 """Values of a batch that are kept by observers that have to see values again."""
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def minmax(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -236,8 +237,8 @@ class RangeObserver:
     Args:
         spec: What the values are quantized to; a scale for the whole tensor.
         kind: `"minmax"` over everything, `"ema"`, a running average of the batches' least and
-            most, or another name of `RANGES`, found on 4096 values, evenly spaced, of each
-            batch.
+            most, or another name of `RANGES`, found on 4096 values of each batch, spread over
+            it.
         decay: Weight of what was before in the running average, in [0, 1).
 
     Raises:
@@ -273,7 +274,7 @@ class RangeObserver:
         """Takes more values, of any shape."""
         flat = rows.detach().flatten().float()
         if self.kind not in ("minmax", "ema"):
-            self._kept.append(flat[:: -(-len(flat) // _SAMPLES)].clone())
+            self._kept.append(_spread(flat))
             return
         least, most = flat.amin(), flat.amax()
         if self._ends is None:
@@ -307,6 +308,18 @@ class RangeObserver:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
         self._ends, self._kept = state["ends"], list(state["kept"])
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Takes some of many values, spread over all of them.
+
+    Places are steps of the golden ratio around a circle. Even steps would meet the same few
+    columns over and over where their length is a multiple of a row's.
+    """
+    if len(values) <= _SAMPLES:
+        return values.clone()
+    turns = torch.arange(_SAMPLES, dtype=torch.float64, device=values.device) * _GOLDEN
+    return values[(turns.frac() * len(values)).long()]
 
 
 def _averaged(

@@ -102,6 +102,15 @@ def test_observers_go_over_batches() -> None:
     assert 99_000 < observer.ends()[1] < 99_950
 
 
+def test_values_that_are_kept_come_from_all_columns() -> None:
+    spec, values = QuantSpec("uint8", "tensor", symmetric=False), torch.rand(4096, 16)
+    values[:, 3] *= 100.0  # an even step through all of them would see the first column only
+    observer = RangeObserver(spec, "percentile")
+    observer.see(values)
+    _, most = observer.ends()
+    assert 90 < most <= 100
+
+
 def test_observers_watch_the_inputs_of_layers() -> None:
     from supple.calibrate import statistics
 
