@@ -144,7 +144,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
 
     def wrong(program, file, codes):
         run = write(program, file, codes)
-        return lambda args, kwargs: [out * 1.001 for out in run(args, kwargs)]
+        return lambda *args, **kwargs: [out * 1.001 for out in run(*args, **kwargs)]
 
     monkeypatch.setitem(room.FORMATS, suffix, wrong)
     with pytest.raises(ExportError, match=r"output 0 differs by 0\.001"):
@@ -158,28 +158,11 @@ def test_a_wider_tolerance_lets_a_difference_pass(tmp_path, monkeypatch):
 
     def wrong(program, file, codes):
         run = write(program, file, codes)
-        return lambda args, kwargs: [out * 1.001 for out in run(args, kwargs)]
+        return lambda *args, **kwargs: [out * 1.001 for out in run(*args, **kwargs)]
 
     monkeypatch.setitem(room.FORMATS, ".pt2", wrong)
     path = tmp_path / "net.pt2"
     assert export(nn.Linear(5, 7), path, (torch.randn(2, 5),), tolerance=0.01).is_file()
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "expected"),
-    [
-        ([1.0, -4.0], [1.0, -4.0], 0.0),
-        ([1.0, -4.0], [1.5, -4.0], 0.125),
-        ([1.0, float("nan")], [1.0, 2.0], float("inf")),
-        ([1.0, float("-inf")], [1.0, float("-inf")], 0.0),
-        ([1.0], [1.0, 1.0], float("inf")),
-        ([], [], 0.0),
-        ([0.0], [1.0], 1e12),
-    ],
-)
-def test_differences_are_relative_to_the_largest_output(ours, theirs, expected):
-    found = room._relative_error(torch.tensor(ours), torch.tensor(theirs))
-    assert found == pytest.approx(expected)
 
 
 def test_onnx_files_hold_weights_and_little_else(tmp_path):
