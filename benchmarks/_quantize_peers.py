@@ -28,7 +28,7 @@ def nncf(network: Path, folder: Path) -> None:
     import nncf as peer
     import openvino
 
-    model = openvino.convert_model(network)
+    model = openvino.Core().read_model(network)  # `convert_model` parts paths at commas
     small = peer.quantize(
         model, peer.Dataset(batches(folder)), subset_size=len(batches(folder))
     )

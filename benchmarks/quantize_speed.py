@@ -287,6 +287,8 @@ def on_engines(
             run(*args)
         except (SuppleError, RuntimeError) as error:
             refused[f"{name}, {engine}"] = str(error).splitlines()[0]
+            if place.exists() and not any(place.iterdir()):
+                place.rmdir()  # another engine of this form says the same
             continue
         yield f"{name}, {engine}", functools.partial(run, *args)
 

@@ -801,7 +801,7 @@ class QuantSpec:
             The same shape, float32.
         """
         scale = scale.float()
-        scale = torch.where(scale > 0, scale, scale.amax())
+        scale = torch.where(scale > 0, scale, scale.flatten().amax(0))
         scale = torch.where(scale > 0, scale, 1.0)
         if self.scale_format in _SCALE_DTYPES:
             dtype = _SCALE_DTYPES[self.scale_format]
@@ -838,7 +838,7 @@ class QuantSpec:
         """
         if self.scale_format == "e4m3":
             form: NumberFormat = Float(4, 3)
-            factor = scale.amax().reshape(1, 1) / form.most
+            factor = scale.flatten().amax(0).reshape(1, 1) / form.most
             smallest = 2.0**-9
         elif self.scale_format == "shift4":
             factor = scale.amax(1, keepdim=True)

@@ -78,6 +78,16 @@ def test_convolutions_hold_codes_between_qdq_operators(tmp_path: Path) -> None:
     assert {kind for kind, _ in held(path).values()} == {onnx.TensorProto.INT8}
 
 
+def test_convolutions_round_each_example_by_its_own_scale(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()).eval()
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    x[1] *= 100
+    packed = baseline("rtn", bits=8, activations=8).apply(model)
+    for ending in (".onnx", ".xml"):
+        path = supple.export(packed, tmp_path / f"net{ending}", (x,), tolerance=1e-5)
+        assert path.exists()
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 def test_inputs_with_a_fixed_range_stay_in_it(tmp_path: Path, bits: int) -> None:
     model, x = small(20)
