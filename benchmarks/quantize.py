@@ -151,7 +151,8 @@ def picture(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> F
         axes.plot(bits, values, "os^Dv"[i // 10] + "-", label=arm, ms=4, lw=1.3)
     if perplexity:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        for of_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            of_ticks(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_xlabel("bits of a weight, everything counted")
     axes.set_ylabel(title)
     axes.grid(alpha=0.3, which="both")
