@@ -6,7 +6,7 @@ Three kinds of networks, all with published or pretrained weights:
   as large: weights of 4, 3 and 2 bits in groups of 64, and weights and inputs of 4 bits;
   perplexity of text that it has not seen;
 - the ResNet-20 and 56 for CIFAR-10, weights and inputs of 8, 4, 3 and 2 bits, at once and with
-  steps of training of 128 images; accuracy;
+  steps of training of 64 images; accuracy;
 - the sentence encoder MiniLM, weights and inputs of 8 bits, and weights of 4: cosine to its
   embeddings in full precision, and of how many of 400 texts the second half is found by the
   first.
