@@ -192,7 +192,7 @@ def weights_only(bits: int) -> dict[str, Arm]:
         "quantize/awq": keyed("awq", **both),
         "quantize/flexround": keyed("flexround", steps=STEPS, **both),
         "quantize/flatquant": keyed("flatquant", activations=None, steps=STEPS, **both),
-        "quantize/vptq": keyed("vptq", bits=bits, **({"vector": 2} if bits == 4 else {})),
+        "quantize/vptq": keyed("vptq", bits=bits, **({"vector": 2} if bits > 2 else {})),
         "quantize/pvq": keyed("pvq", bits=bits),
         "llm-compressor rtn": by_llm_compressor("rtn", bits),
         "llm-compressor gptq": by_llm_compressor("gptq", bits),
