@@ -76,7 +76,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_folder(path: str | os.PathLike[str], ours: Container[str] = ()) -> Iterator[Path]:
     """Gives a new folder to write to, beside another, and puts it in its place at the end.
 
-    On an exception `path` stays as it was. Missing folders above it are created.
+    On an exception `path` stays as it was; an `OSError` says then which folder could not be
+    written. Missing folders above it are created.
 
     Args:
         path: The folder that is to exist in the end.
@@ -86,7 +87,7 @@ def replacing_folder(path: str | os.PathLike[str], ours: Container[str] = ()) ->
         An empty folder.
 
     Raises:
-        CheckpointError: The folder can't be created or moved.
+        CheckpointError: The folder can't be created, written to or moved.
     """
     target, mark = Path(path), uuid.uuid4().hex[:12]
     new, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("new", "old"))
@@ -94,8 +95,8 @@ def replacing_folder(path: str | os.PathLike[str], ours: Container[str] = ()) ->
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             new.mkdir()
-        yield new
         with _writing(target):
+            yield new
             _swap(new, target, old, ours)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -20,6 +20,7 @@ from supple.files import (
     read_json,
     read_tensors,
     replacing,
+    replacing_folder,
     write_json,
     write_tensors,
     write_text,
@@ -159,6 +160,23 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: P
         write_half()
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
     assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_an_error_while_filling_a_folder_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "net"
+    write_text(folder / "ours", "old")
+
+    def fill_half() -> None:
+        with replacing_folder(folder, ["ours"]) as new:
+            write_text(new / "ours", "new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"can't write .*net: No space left"):
+        fill_half()
+    assert [one.name for one in tmp_path.iterdir()] == ["net"]
+    assert (folder / "ours").read_text(encoding="utf-8") == "old"
 
 
 def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
