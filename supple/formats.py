@@ -63,6 +63,8 @@ _SCALE_BITS = {
     "int4": 4,
     "shift4": 4,
 }
+SCALE_SLACK = 1 + 2.0**-10
+"""By how much a scale in half precision may be too small for the ends of its range."""
 _SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # ------------------------------------------------------------------------------------- formats
@@ -118,8 +120,32 @@ class NumberFormat(ABC):
 
     @property
     def most(self) -> float:
-        """The highest value, which a symmetric scale maps the largest magnitude to."""
+        """The highest value."""
         return self.values[-1]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """What a scale without a zero point may map the ends of a range to."""
+        return (-self.most if self.least < 0 else 0.0, self.most)
+
+    def scale(self, least: Tensor, most: Tensor) -> Tensor:
+        """Gives the smallest scales, without zero points, whose `ends` ranges do not exceed.
+
+        Args:
+            least: Lower ends of ranges; they count where there are negative values.
+            most: Upper ends, of the same shape.
+
+        Returns:
+            The same shape, 0 or more.
+
+        Example:
+            >>> least, most = torch.tensor([-5.0, -1.0]), torch.tensor([0.0, 3.0])
+            >>> number_format("int2").scale(least, most)
+            tensor([2., 2.])
+        """
+        low, high = self.ends
+        found = most / high
+        return (found if low == 0 else torch.maximum(least / low, found)).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +201,17 @@ class Int(NumberFormat):
     def most(self) -> float:
         """The highest number."""
         return float(2**self.bits - 1 - self.offset)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """As for every format; of `int2`, half a step beyond -2 and 1.
+
+        So all numbers are in use and, like every other value, an end is off by no more than
+        half a step. Without the lowest number, or the negative ones, ends are exact.
+        """
+        if self.narrow or not self.symmetric:
+            return super().ends
+        return (self.least - 0.5, self.most + 0.5)
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -580,7 +617,7 @@ class QuantSpec:
 
     Example:
         >>> spec = QuantSpec("int4", "group", 2)
-        >>> fake_quantize(torch.tensor([[7.0, 2.2, 14.0, 3.0, 0.0]]), spec).tolist()
+        >>> fake_quantize(torch.tensor([[7.5, 2.2, 15.0, 3.0, 0.0]]), spec).tolist()
         [[7.0, 2.0, 14.0, 4.0, 0.0]]
         >>> QuantSpec("int4", "group", 128, scale_format="fp16").bits_per_weight((4, 256))
         4.125
@@ -764,8 +801,10 @@ class QuantSpec:
         """
         form = self.format
         if self.symmetric:
-            reach = most if form.least >= 0 else torch.maximum(most, -least)
-            return self.stored_scale(reach.clamp_min(0) / form.most), None
+            if self.scale_format in ("e8m0", "e8m0-wide"):
+                # Powers of two follow the largest magnitude, whatever its sign.
+                most = torch.maximum(most, -least)
+            return self.stored_scale(form.scale(least, most)), None
         least, most = least.clamp_max(0), most.clamp_min(0)
         scale = self.stored_scale((most - least) / (form.most - form.least))
         return scale, self.stored_zero(form.least - least / scale)
@@ -808,8 +847,8 @@ class QuantSpec:
             info = torch.finfo(dtype)
             return scale.clamp(info.smallest_normal, info.max).to(dtype).float()
         if self.scale_format in ("e8m0", "e8m0-wide"):
-            # The factor makes up for what the division by the highest value was rounded by.
-            reach = (scale * (self.format.most * (1 + 2.0**-22))).log2().floor()
+            # The factor makes up for what the division by the format's end was rounded by.
+            reach = (scale * (self.format.ends[1] * (1 + 2.0**-22))).log2().floor()
             power = (reach - math.floor(math.log2(self.format.most))).clamp(-126, 127)
             return torch.exp2(power) * self.stretch
         if self.scale_format == "e8m0-up":

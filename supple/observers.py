@@ -102,7 +102,8 @@ def mean_abs(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Source:
         Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153.
     """
-    return _within(values, 2 * values.abs().mean(-1) * spec.format.most**0.5)
+    step = 2 * values.abs().mean(-1) / spec.format.most**0.5
+    return _within(values, step * spec.format.ends[1])
 
 
 def twice_mean(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ def twice_mean(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         Liu et al. 2023, "Oscillation-free Quantization for Low-bit Vision Transformers",
         arXiv:2302.02210.
     """
-    reach = values.abs().mean(-1) * (spec.format.most * 2 ** (2 - spec.bits))
+    reach = values.abs().mean(-1) * (spec.format.ends[1] * 2 ** (2 - spec.bits))
     return -reach, reach
 
 
@@ -151,7 +152,7 @@ def gaussian(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _normal_reach(form: NumberFormat) -> float:
     """The largest value that numbers of variance 1 are best mapped to, by golden section."""
-    values = form.levels.double() / form.most
+    values = form.levels.double() / form.ends[1]
 
     def error(reach: float) -> float:
         level = values * reach
@@ -186,7 +187,8 @@ def least_error(
         shrink: The smallest range that is tried is just above 1 - shrink of the full one.
 
     Returns:
-        Two tensors of shape (...).
+        Two tensors of shape (...), beyond least and most where that makes the largest value
+        exact.
 
     Source:
         Frantar et al. 2022, "GPTQ", arXiv:2210.17323; IST-DASLab/gptq, `quant.py`, whose grid
@@ -198,8 +200,9 @@ def least_error(
     least, most = minmax(values, spec)
     best = torch.full_like(least, torch.inf)
     factor = torch.ones_like(least)
-    for step in range(steps):
-        tried = 1 - shrink * step / steps
+    # Up to where the largest value is exact: without a zero point that is beyond the range.
+    widest = spec.format.ends[1] / spec.format.most if spec.symmetric else 1.0
+    for tried in (1.0, *(widest * (1 - shrink * step / steps) for step in range(steps))):
         scale, zero = spec.scales_of(tried * least, tried * most)
         back = spec.rounded(values, scale[..., None], None if zero is None else zero[..., None])
         error = (back - values).abs().pow(power).sum(-1)

@@ -109,13 +109,38 @@ def test_any_shape_comes_back_nearly_and_fake_quantized_is_the_same(shape, granu
 
 
 def test_groups_run_along_inputs_and_the_last_is_smaller() -> None:
-    x = torch.tensor([[1.0, 7.0, 0.5, 3.5, 70.0], [14.0, 1.0, 21.0, 28.0, 0.0]])
+    x = torch.tensor([[1.0, 7.5, 0.5, 3.75, 75.0], [15.0, 1.0, 20.0, 30.0, 0.0]])
     found = quantize(x, QuantSpec("int4", "group", 2))
     assert found.scale.tolist() == [[1.0, 0.5, 10.0], [2.0, 4.0, 10.0]]
     torch.testing.assert_close(
         found.dequantize(),
         torch.tensor([[1.0, 7.0, 0.5, 3.5, 70.0], [14.0, 0.0, 20.0, 28.0, 0.0]]),
     )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_whole_numbers_are_all_used_and_off_by_half_a_step_at_most(bits: int) -> None:
+    x = torch.randn(20, 37, generator=generator(bits))
+    x[0], x[1] = x[0].abs(), -x[1].abs()
+    found = quantize(x, QuantSpec(f"int{bits}"))
+    off = (found.dequantize() - x).abs() / found.scale
+    torch.testing.assert_close(off.amax(1).clamp_min(0.5), torch.full((20,), 0.5))
+    # With less than that somewhere a smaller scale would do.
+    ends = torch.stack((x.amin(1) / -found.scale[:, 0], x.amax(1) / found.scale[:, 0]), 1)
+    most = torch.tensor([2.0 ** (bits - 1) + 0.5, 2.0 ** (bits - 1) - 0.5])
+    torch.testing.assert_close((ends / most).amax(1), torch.ones(20))
+    if bits == 2:
+        assert found.codes.unique().tolist() == [0, 1, 2, 3]
+    exact = quantize(x, QuantSpec(f"int{bits}-narrow")).dequantize()
+    torch.testing.assert_close(exact.abs().amax(1), x.abs().amax(1))
+
+
+def test_powers_of_two_follow_the_largest_magnitude_whatever_its_sign() -> None:
+    for value in (1.01, 1.99):
+        x = torch.tensor([[-value, 0.3, 0.1]])
+        spec = QuantSpec("int8", scale_format="e8m0")
+        assert spec.scales(x)[0].item() == spec.scales(-x)[0].item() == 2.0**-6
+        torch.testing.assert_close(fake_quantize(x, spec), x, rtol=0, atol=2.0**-6)
 
 
 def test_zero_points_make_zero_exact() -> None:

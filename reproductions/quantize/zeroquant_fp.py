@@ -51,10 +51,10 @@ __all__ = ["DATA", "OFF", "ON", "SEEDS", "claims"]
 SEEDS = (0, 1, 2)
 SEEN, TESTED = 16, 24
 CHANNELS, FACTOR = 3, 60.0
-FORMATS = ("e4m3", "int8-narrow")
+FORMATS = ("e4m3", "int8")
 
 ON = ZeroQuantFP(packed=False)
-OFF = dataclasses.replace(ON, activation_format="int8-narrow")
+OFF = dataclasses.replace(ON, activation_format="int8")
 
 
 def claims(method: ZeroQuantFP, seeds: Sequence[int]) -> Iterator[Claim]:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from supple.axes.base import Axis, Patch, RoundedInput, RoundedWeight, selected
 from supple.errors import SettingError, nearest
-from supple.formats import Int, Quantized, QuantSpec, fake_quantize, quantize
+from supple.formats import SCALE_SLACK, Int, Quantized, QuantSpec, fake_quantize, quantize
 from supple.graph.couple import Graph
 from supple.layers.pack import matrix_of, pack, packable, round_input, weight_of
 from supple.observers import RANGES
@@ -269,7 +269,7 @@ class Bits(Axis):
         symmetric = not mode.endswith("asymmetric")
         by_example = "channel" if isinstance(site.module, nn.Conv2d) else "token"
         spec = QuantSpec(
-            Int(bits, symmetric=symmetric, narrow=symmetric),
+            Int(bits, symmetric=symmetric),
             "tensor" if self.learned else by_example,  # type: ignore[arg-type]
             symmetric=symmetric,
         )
@@ -387,7 +387,8 @@ class Weight(RoundedWeight):
         ready = matrix / self.spec.spread(scale, matrix.shape)
         if zero is not None:
             ready = ready + self.spec.spread(zero, matrix.shape)
-        return (ready >= form.least - 0.5) & (ready <= form.most + 0.5)
+        low, high = SCALE_SLACK * (form.least - 0.5), SCALE_SLACK * (form.most + 0.5)
+        return (ready >= low) & (ready <= high)
 
 
 @dataclass(frozen=True)

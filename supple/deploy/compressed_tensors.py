@@ -19,10 +19,9 @@ Weights are scaled by channel or group, with or without zero points. With 3, 5, 
 codes lie as compressed-tensors packs them since it wastes no bits; older versions refuse their
 shapes. What a program has kernels for is its own matter: vLLM's take 4 and 8 bits.
 
-Where scales of inputs are found for each token, the reader finds them its own way: for b bits,
-compressed-tensors divides the largest magnitude by 2^(b-1) - 1/2, Supple and vLLM by
-2^(b-1) - 1. Whole numbers held for all inputs may be the lowest one there, too, which
-`int8-narrow` leaves out.
+Where scales of inputs are found for each token, the reader finds them its own way. For b bits,
+compressed-tensors divides the largest magnitude by 2^(b-1) - 1/2 and vLLM by 2^(b-1) - 1; so
+does Supple with the former where it is positive, and by 2^(b-1) + 1/2 where it is negative.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class DelayedRounding(FakeQuantize):
     Example:
         >>> from supple.formats import QuantSpec
         >>> layer = DelayedRounding(QuantSpec("int3", "tensor"), decay=0.0)
-        >>> layer(torch.tensor([3.0, 1.2])).tolist()
-        [3.0, 1.2000000476837158]
+        >>> layer(torch.tensor([3.5, 1.2])).tolist()
+        [3.5, 1.2000000476837158]
         >>> layer.rounds = True
         >>> layer(torch.tensor([9.0, 1.2])).tolist()
         [3.0, 1.0]

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 from supple.errors import SettingError, UnsupportedModelError, nearest
-from supple.formats import Int, NumberFormat, Quantized, QuantSpec, quantize
+from supple.formats import SCALE_SLACK, Int, NumberFormat, Quantized, QuantSpec, quantize
 from supple.observers import RANGES, RangeObserver
 
 __all__ = ["Estimator", "FakeQuantize", "FakeQuantized"]
@@ -76,7 +76,7 @@ class FakeQuantize(nn.Module):
         >>> rounds = FakeQuantize(QuantSpec("int3"), observer="rms", estimator="clipped")
         >>> x.grad, = torch.autograd.grad(rounds(x).sum(), x)
         >>> rounds(x).tolist(), x.grad.tolist()
-        ([[3.0, 0.0, -9.0]], [[1.0, 1.0, 1.0]])
+        ([[4.0, 2.0, -8.0]], [[1.0, 1.0, 1.0]])
     """
 
     scale: nn.Parameter | None
@@ -301,7 +301,9 @@ def _ste(layer: FakeQuantize, rows: Tensor, scale: Tensor, zero: Tensor | None) 
 def _clipped(layer: FakeQuantize, rows: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     form = layer.spec.format
     level = rows.detach() / scale + (0.0 if zero is None else zero)
-    passes = (level >= form.least) & (level <= form.most)
+    # Ends of a range that are half a step beyond the values pass, a rounded scale or not.
+    low, high = (form.least, form.most) if zero is not None else form.ends
+    passes = (level >= SCALE_SLACK * low) & (level <= SCALE_SLACK * high)
     return _with_gradient_of(rows * passes, _back(form, rows, scale, zero))
 
 
@@ -369,7 +371,7 @@ class FakeQuantized(nn.Module):
 
     Example:
         >>> linear = nn.Linear(2, 1, bias=False)
-        >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 1.2]]))
+        >>> _ = linear.weight.data.copy_(torch.tensor([[3.5, 1.2]]))
         >>> FakeQuantized(linear, FakeQuantize(QuantSpec("int3")))(torch.eye(2)).tolist()
         [[3.0], [1.0]]
 

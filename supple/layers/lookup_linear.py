@@ -31,9 +31,9 @@ class LookedUp(Quantized):
     Example:
         >>> from supple.formats import QuantSpec, quantize
         >>> spec = QuantSpec("int4", "group", 2, scale_format="e4m3")
-        >>> codes = quantize(torch.tensor([[7.0, 3.0, 1.5, 0.7]]), spec)
+        >>> codes = quantize(torch.tensor([[7.5, 3.0, 1.5, 0.7]]), spec)
         >>> codes.dequantize().round(decimals=3).tolist()
-        [[7.0, 3.0, 1.5, 0.6430000066757202]]
+        [[7.0, 3.0, 1.375, 0.7860000133514404]]
         >>> LookedUp.of(codes).dequantize()[0, :2].round(decimals=3).tolist()  # 392 is 384
         [6.85699987411499, 2.8570001125335693]
     """

@@ -71,11 +71,11 @@ def low_rank_corrected(
 
     Example:
         >>> from supple.formats import QuantSpec, quantize
-        >>> matrix = torch.tensor([[7.0, 3.3], [14.0, 6.6]])
+        >>> matrix = torch.tensor([[7.5, 3.3], [15.0, 6.6]])
         >>> coarse = quantize(matrix, QuantSpec("int4"))
         >>> fine = low_rank_corrected(matrix, coarse, rank=1)
         >>> [round(float((one.dequantize() - matrix).norm()), 3) for one in (coarse, fine)]
-        [0.671, 0.0]
+        [1.304, 0.0]
     """
     error = matrix.float() - quantized.dequantize()
     up, down = svd_factors(error, min(rank, *error.shape))

@@ -32,7 +32,7 @@ class MixedQuantized:
 
     Example:
         >>> from supple.formats import quantize
-        >>> wide, narrow = torch.tensor([[7.0, 3.0, 2.0]]), torch.tensor([[1.0, 0.4]])
+        >>> wide, narrow = torch.tensor([[7.5, 3.0, 2.0]]), torch.tensor([[1.5, 0.4]])
         >>> parts = (quantize(narrow, QuantSpec("int2")), quantize(wide, QuantSpec("int4")))
         >>> found = MixedQuantized(parts, torch.tensor([1, 0, 1]), 2)
         >>> found.dequantize().tolist(), found.total_bits

@@ -92,9 +92,9 @@ class QuantizedAttention(nn.Module):
         >>> from supple.layers.attention import SoftmaxAttention
         >>> attention = SoftmaxAttention(1)
         >>> rounded = QuantizedAttention(attention, QuantSpec("int2", "token"))
-        >>> x, y = torch.ones(1, 1, 2), torch.tensor([[[1.0, 0.3]]])
+        >>> x, y = torch.ones(1, 1, 2), torch.tensor([[[1.5, 0.3]]])
         >>> attention(x, y, y).tolist(), rounded(x, y, y).tolist()
-        ([[[1.0, 0.30000001192092896]]], [[[1.0, 0.0]]])
+        ([[[1.5, 0.30000001192092896]]], [[[1.0, 0.0]]])
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class QuantizedInput(nn.Module):
 
     Example:
         >>> layer = QuantizedInput(nn.Identity(), QuantSpec("int3", "token"))
-        >>> layer(torch.tensor([[3.0, 1.2], [30.0, 12.0]])).tolist()
+        >>> layer(torch.tensor([[3.5, 1.2], [35.0, 12.0]])).tolist()
         [[3.0, 1.0], [30.0, 10.0]]
     """
 

@@ -75,7 +75,7 @@ class TunedScalars(TunedCodes):
 
     Example:
         >>> from supple.formats import quantize
-        >>> matrix = torch.tensor([[3.0, 1.2, 0.0]])
+        >>> matrix = torch.tensor([[3.5, 1.2, 0.0]])
         >>> tuned = TunedScalars.from_quantized(quantize(matrix, QuantSpec("int3")))
         >>> tuned.follow(torch.tensor([[3.0, 2.2, 0.6]]), 0.3), tuned.decoded().tolist()
         (0.3333333333333333, [[3.0, 2.0, 0.0]])

@@ -193,7 +193,7 @@ def rounded(x: Tensor, spec: QuantSpec, share: Tensor) -> Tensor:
         share: The part of each range that is kept, in a shape that broadcasts to the scales'.
 
     Example:
-        >>> x = torch.tensor([[7.0, 2.2, -3.9]], requires_grad=True)
+        >>> x = torch.tensor([[7.5, 2.2, -3.9]], requires_grad=True)
         >>> share = torch.tensor([1.0], requires_grad=True)
         >>> found = rounded(x, QuantSpec("int4"), share)
         >>> by_share = torch.autograd.grad(found[0, 1], share)[0].item()
@@ -204,7 +204,7 @@ def rounded(x: Tensor, spec: QuantSpec, share: Tensor) -> Tensor:
     least, most = (torch.cat(end, 1).float() * share for end in zip(*ends, strict=True))
     form, zero = spec.format, None
     if spec.symmetric:
-        scale = torch.maximum(most, -least) / form.most
+        scale = form.scale(least, most)
     else:
         least, most = least.clamp_max(0), most.clamp_min(0)
         scale = (most - least) / (form.most - form.least)

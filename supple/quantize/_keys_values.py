@@ -31,9 +31,10 @@ def cache_spec(bits: int, *, symmetric: bool = False) -> QuantSpec:
 
     Args:
         bits: Of a number.
-        symmetric: Whether there are no zero points.
+        symmetric: Whether there are no zero points. The largest number is exact then: queries
+            may be large where keys are, and half a step off would count many times.
     """
-    form = Int(bits, symmetric=symmetric)
+    form = Int(bits, symmetric=symmetric, narrow=symmetric)
     return QuantSpec(form, "token", None, symmetric, "fp16")
 
 

@@ -148,7 +148,7 @@ def gptq(
 
     Example:
         >>> spec, hessian = QuantSpec("int2"), torch.tensor([[4.0, 2.0], [2.0, 2.0]])
-        >>> gptq(torch.tensor([[0.4, 1.0]]), hessian, spec, damp=0.0).dequantize()
+        >>> gptq(torch.tensor([[0.4, 1.5]]), hessian, spec, damp=0.0).dequantize()
         tensor([[0., 1.]])
     """
     if scale is None and (

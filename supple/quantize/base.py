@@ -264,7 +264,7 @@ class Quantizer(ModelTransform):
         """
         if self.activations is None or not self.rounds_inputs:
             return {}
-        form = Int(self.activations, narrow=True)
+        form = Int(self.activations)
         # A slice of a convolution's input along its first dimension is an example.
         return {
             name: (QuantSpec(form, "channel" if isinstance(one, _ConvNd) else "token"), None)

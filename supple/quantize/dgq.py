@@ -199,7 +199,7 @@ class DGQ(Quantizer):
             return super().inputs(model, given)
         if self.activations is None or not self.rounds_inputs:
             return {}
-        spec = QuantSpec(Int(self.activations, narrow=True), "tensor")
+        spec = QuantSpec(Int(self.activations), "tensor")
         return fixed_ranges(model, given, spec, self.layers)
 
     def pack(self, module: nn.Module, solved: Solved, given: Input | None) -> nn.Module | None:

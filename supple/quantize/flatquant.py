@@ -75,7 +75,7 @@ class FlatQuant(Quantizer):
         >>> model, x = nn.Sequential(nn.Linear(12, 6), nn.ReLU()), torch.randn(20, 12)
         >>> small = FlatQuant(steps=2).apply(model, calibration=[(x,)])
         >>> small[0].rotation, small[0].layer.input.format.name
-        (KroneckerAffine(left=3, right=4), 'int4-narrow')
+        (KroneckerAffine(left=3, right=4), 'int4')
 
     Source:
         Sun et al. 2024, "FlatQuant: Flatness Matters for LLM Quantization", arXiv:2410.09426;
@@ -149,7 +149,7 @@ class FlatQuant(Quantizer):
         if not self.rounds_inputs:
             return None
         assert self.activations is not None
-        return QuantSpec(Int(self.activations, narrow=True), "token")
+        return QuantSpec(Int(self.activations), "token")
 
     def key_spec(self) -> QuantSpec | None:
         """Gives how keys and values are rounded."""

@@ -124,7 +124,7 @@ class SVDQuant(Scaling):
         """Says how the inputs of linear layers are rounded: groups of a token's channels."""
         if self.activations is None or not self.rounds_inputs:
             return None
-        form = Int(self.activations, narrow=True)
+        form = Int(self.activations)
         if self.group_size is None:
             return QuantSpec(form, "token")
         return QuantSpec(form, "group", self.group_size)

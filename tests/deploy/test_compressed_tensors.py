@@ -180,7 +180,8 @@ def test_inputs_of_8_bits_are_told_and_numbers_are_signed_bytes(tmp_path: Path) 
     assert numbers.dtype == torch.int8
     scale = tensors[f"{UP}.weight_scale"]
     assert scale.shape == (96, 1)
-    assert ((numbers * scale - weight).abs() <= scale * 0.51).all()
+    # Half a step; and scales in half precision move the largest by 127 parts in 2048.
+    assert ((numbers * scale - weight).abs() <= scale * 0.57).all()
 
 
 def test_a_range_of_inputs_is_held(tmp_path: Path) -> None:
@@ -300,7 +301,7 @@ def test_scales_that_do_not_fit_the_models_type_are_refused(tmp_path: Path) -> N
         ({"name": "hqq", "group_size": 32}, "zero points lie between whole numbers"),
         ({"bits": 12}, "numbers of its weight are of 'int12'"),
         ({"group_size": 40}, "last group is smaller: 64 inputs in groups of 40"),
-        ({"activations": 12}, "numbers of its input are of 'int12-narrow'"),
+        ({"activations": 12}, "numbers of its input are of 'int12'"),
         ({"name": "fp8", "activations": 8}, "its input of another kind"),
         ({"name": "quarot"}, r"'\S+q_proj' is a RotatedInput, where a Llama.* has a Linear"),
         ({"packed": False, "activations": 8}, "is a QuantizedInput, .* without rotations"),

@@ -25,7 +25,7 @@ def test_a_static_scale_holds_for_all_inputs() -> None:
 
 def test_gradients_pass_unchanged() -> None:
     layer = QuantizedInput(nn.Linear(3, 1, bias=False), QuantSpec("int4", "token"))
-    x = torch.tensor([[7.0, 2.2, 0.1]], requires_grad=True)
+    x = torch.tensor([[7.5, 2.2, 0.1]], requires_grad=True)
     (slope,) = torch.autograd.grad(layer(x).sum(), x)
     torch.testing.assert_close(slope, layer.weight)
     (steep,) = torch.autograd.grad(layer(x).sum(), layer.layer.weight)

@@ -112,9 +112,9 @@ def test_activations_are_rounded_by_token_and_by_example() -> None:
     x = normal(5, 2, 2, 2)
     x[0] *= 100
     small = Weights(bits=16, activations=4).apply(model, calibration=[(x,)])
-    spec = QuantSpec("int4-narrow", "channel")
+    spec = QuantSpec("int4", "channel")
     middle = model[0](fake_quantize(x, spec)).flatten(2)
-    by_token = QuantSpec("int4-narrow", "token")
+    by_token = QuantSpec("int4", "token")
     torch.testing.assert_close(small(x), model[2](fake_quantize(middle, by_token)))
 
 

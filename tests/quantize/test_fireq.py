@@ -162,7 +162,7 @@ def test_attention_rounds_queries_keys_and_values() -> None:
     small = FireQ(group_size=4).apply(network(), calibration=[X])
     attention = small[1]
     assert isinstance(attention, QuantizedAttention)
-    assert attention.spec == QuantSpec("int4", "token", scale_format="fp16")
+    assert attention.spec == QuantSpec("int4-narrow", "token", scale_format="fp16")
     assert attention.queries == QuantSpec("e4m3", "token", scale_format="bf16")
     assert attention.key_map.scale.shape == (HEADS, CHANNELS)
     torch.testing.assert_close(attention.key_map.scale[0], attention.key_map.scale[1])

@@ -71,7 +71,7 @@ def test_outputs_change_less_than_by_rounding_to_the_nearest(spec: QuantSpec) ->
         assert found.codes.dtype == nearest.codes.dtype
         assert found.scale.shape == nearest.scale.shape
         errors = [output_error(one.dequantize() - matrix, hessian) for one in (found, nearest)]
-        assert errors[0] < 0.8 * errors[1]
+        assert errors[0] < 0.85 * errors[1]
 
 
 def test_columns_in_another_order_keep_their_groups_and_scales() -> None:

@@ -20,7 +20,7 @@ from supple.transforms import Given
 
 METHOD = SVDQuant(group_size=4, rank=2, candidates=4)
 SPEC = QuantSpec("int4", "group", 4, scale_format="fp16")
-INPUT = QuantSpec("int4-narrow", "group", 4)
+INPUT = QuantSpec("int4", "group", 4)
 
 
 def network() -> nn.Sequential:
