@@ -59,6 +59,17 @@ def test_moved_zero_points_make_the_mean_error_smaller() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
+def test_zero_stays_zero_where_an_outlier_sets_the_steps() -> None:
+    weight = 0.01 * normal(7, 32)
+    weight[torch.arange(7), torch.arange(7)] = 5 + normal(7).abs()
+    spec = QuantSpec("uint3", "group", 32, symmetric=False, zero_format="fp16")
+    found = half_quadratic(weight, spec).dequantize()
+    near = weight.abs() < 1
+    assert (found[near].abs() < 0.01).all()
+    # Between whole numbers they would all be off, and by the same.
+    assert (quantize(weight, spec).dequantize()[near].abs() > 0.01).any()
+
+
 def test_gptq_sees_the_inputs_of_layers_and_of_groups() -> None:
     model = nn.Sequential(nn.Conv2d(6, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 5))
     batches = [(normal(7, 6, 4, 4).cumsum(2),), (normal(5, 6, 4, 4),)]
