@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "check_folder",
     "checksum",
     "read_json",
     "read_tensors",
@@ -268,6 +269,27 @@ def checksum(obj: Any) -> str:
     if not isinstance(obj, bytes):
         obj = json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(obj).hexdigest()
+
+
+def check_folder(folder: Path, ours: Callable[[Path], bool], what: str) -> None:
+    """Makes sure, before any work, that a folder is one that may be written or replaced.
+
+    Args:
+        folder: It need not exist.
+        ours: Tells of a folder that holds files whether they are what is to be replaced.
+        what: What it may hold, with an article.
+
+    Raises:
+        CheckpointError: It is a file, holds something else, or can't be read.
+    """
+    with _writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; choose another folder")
+        if folder.is_dir() and any(folder.iterdir()) and not ours(folder):
+            raise CheckpointError(
+                f"{folder} holds files that are not {what}; choose an empty folder or one that "
+                "does not exist"
+            )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,9 @@ def save(network: Elastic | nn.Module, directory: str | os.PathLike[str]) -> Non
     module = network.module if isinstance(network, Elastic) else network
     if isinstance(network, Elastic) and network._active is not None:
         raise ConcurrencyError("a size of this network is active; leave its block, then save")
-    _check_target(target)
+    files.check_folder(
+        target, lambda folder: (folder / DESCRIPTION).is_file(), "a saved network"
+    )
     description, tensors = _described(module)
     description["kind"] = "network"
     if isinstance(network, Elastic):
@@ -305,28 +307,6 @@ def _described_elastic(net: Elastic) -> Content:
     more: dict[str, dict[str, Tensor]] = {INPUTS: examples, STATISTICS: statistics}
     more[AXES] = {**net.added_parameters()}
     return description, {name: tensors for name, tensors in more.items() if tensors}
-
-
-def _check_target(target: Path) -> None:
-    with _explained(target):
-        if target.exists() and not target.is_dir():
-            raise CheckpointError(f"{target} is a file; choose another folder")
-        if target.is_dir() and not (target / DESCRIPTION).is_file() and any(target.iterdir()):
-            raise CheckpointError(
-                f"{target} holds files that are not a saved network; choose an empty folder "
-                "or one that does not exist"
-            )
-
-
-@contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"can't write {target}: {error.strerror or error}; choose a folder that you may "
-            "write to and that has room"
-        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -100,7 +100,7 @@ def save_compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) ->
     """
     target = Path(os.path.realpath(folder))  # a link stays a link
     pretrained = _pretrained(model)
-    _check_target(target)
+    files.check_folder(target, _is_ours, "a quantized model of this kind")
     layers = _packed_layers(pretrained)
     config, state = _untied(pretrained, layers)
     tensors = {name: value for name, value in state.items() if not _within(name, layers)}
@@ -133,17 +133,10 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _check_target(target: Path) -> None:
-    if target.is_file():
-        raise CheckpointError(f"{target} is a file; choose another folder")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    ours = (target / CONFIG).is_file() and not (target / INDEX).exists()
-    if not ours or "quantization_config" not in files.read_json(target / CONFIG, checked=False):
-        raise CheckpointError(
-            f"{target} holds files that are no quantized model of this kind; choose an empty "
-            "folder or one that does not exist"
-        )
+def _is_ours(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file() or (folder / INDEX).exists():
+        return False
+    return "quantization_config" in files.read_json(folder / CONFIG, checked=False)
 
 
 def _packed_layers(model: PreTrainedModel) -> dict[str, PackedLinear]:

@@ -110,7 +110,9 @@ def deploy(
         [tensor([[-0.1, 0.3]])]
     """
     target, names = Path(folder), _checked(engines, threads, tolerance)
-    _check_target(target)
+    files.check_folder(
+        target, lambda folder: (folder / DESCRIPTION).exists(), "a deployed network"
+    )
     kwargs = dict(kwargs or {})
     with inference(module), tempfile.TemporaryDirectory() as temporary:
         expected = tensors(run_forward(module, args, kwargs))
@@ -349,15 +351,6 @@ def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 # ------------------------------------------------------------------------------------- folder
-
-
-def _check_target(target: Path) -> None:
-    if target.is_file():
-        raise CheckpointError(f"{target} is a file; choose a new folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / DESCRIPTION).exists():
-        raise CheckpointError(
-            f"{target} holds files that are not a deployed network; choose a new folder"
-        )
 
 
 def _place(

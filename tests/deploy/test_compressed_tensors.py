@@ -338,7 +338,7 @@ def test_a_model_that_is_not_of_transformers_is_refused(tmp_path: Path) -> None:
 
 def test_a_foreign_folder_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(CheckpointError, match="no quantized model"):
+    with pytest.raises(CheckpointError, match="not a quantized model"):
         save_compressed_tensors(small(), tmp_path)
     with pytest.raises(CheckpointError, match="is a file"):
         save_compressed_tensors(small(), tmp_path / "thesis.tex")
