@@ -136,7 +136,9 @@ def export(
             "network for the fastest."
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads that engines may use.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads that engines may use; by default 1.")
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Batch that engines are tried with.")
     ] = None,
@@ -162,18 +164,25 @@ def export(
             "--input": inputs,
             "--dynamic-batch": dynamic_batch,
             "--engine": engine,
+            "--threads": threads is not None,
             "--batch": batch,
             "--tolerance": tolerance,
         }
         _written_as(format, module, file, [name for name, value in given.items() if value])
         return
+    if threads is not None and engine is None:
+        raise SettingError(
+            "--threads is how many an engine may use, and a file is written for any: add "
+            "--engine, or leave it out"
+        )
     args, kwargs = _parsed(inputs) if inputs else read_example(network)
     if batch is not None or (dynamic_batch and not inputs):
         args, kwargs = with_batch(2 if batch is None else batch, args, kwargs)
     if engine is not None:
         if dynamic_batch:
             raise SettingError("engines are tried with one batch: leave out --dynamic-batch")
-        _deployed(module.eval(), file, args, kwargs, engine, threads, tolerance)
+        count = 1 if threads is None else threads
+        _deployed(module.eval(), file, args, kwargs, engine, count, tolerance)
         return
     written = supple.export(
         module.eval(), file, args, kwargs, dynamic_batch=dynamic_batch, tolerance=tolerance

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import supple
 from supple.cost.count import count
 from supple.cost.measure import with_batch
-from supple.errors import BudgetError
+from supple.errors import BudgetError, CheckpointError
 from supple.files import checksum, read_tensors, write_tensors
 from supple.recipe.bench import Bench
 from supple.recipe.latency import latency_inputs, prediction
@@ -189,10 +189,16 @@ def read_example(network: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
     Raises:
         CheckpointError: There is none, or it is damaged.
     """
-    beside = network.parent / EXAMPLE
-    tensors, _ = read_tensors(beside if beside.exists() else network / EXAMPLE)
-    places = sorted((name for name in tensors if name.isdigit()), key=int)
-    args = tuple(tensors.pop(name) for name in places)
+    places = (network.parent / EXAMPLE, network / EXAMPLE)
+    found = next((path for path in places if path.exists()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{network} has no {EXAMPLE} in it or beside it; tell what the network is given, "
+            "such as --input 1x3x32x32"
+        )
+    tensors, _ = read_tensors(found)
+    positions = sorted((name for name in tensors if name.isdigit()), key=int)
+    args = tuple(tensors.pop(name) for name in positions)
     return args, tensors
 
 

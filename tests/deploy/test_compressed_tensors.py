@@ -398,6 +398,9 @@ def test_a_saved_network_is_exported_on_the_command_line(tmp_path: Path) -> None
     for more, message in (
         (["--format", "compressed-tensor"], "did you mean 'compressed-tensors'?"),
         (["--format", "compressed-tensors", "--engine", "auto"], "leave out --engine"),
+        (["--format", "compressed-tensors", "--threads", "2"], "leave out --threads"),
+        (["--threads", "2"], "add --engine, or leave it out"),
+        ([], "tell what the network is given, such as --input"),
     ):
         failed = CliRunner().invoke(app, [*command, *more])
         assert failed.exit_code == 2
