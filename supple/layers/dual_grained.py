@@ -15,7 +15,7 @@ from torch import Tensor
 
 from supple.errors import SettingError
 from supple.formats import Int, Quantized, QuantSpec
-from supple.layers.packed import PackedLinear
+from supple.layers.packed import PackedLinear, ready_integer
 
 __all__ = ["DualGrained", "DualGrainedLinear"]
 
@@ -110,6 +110,4 @@ class DualGrainedLinear(PackedLinear):
     def _prepare(self, engine: str) -> tuple[Tensor, ...]:
         if engine != "integer":
             return super()._prepare(engine)
-        whole = self.quantized().whole()
-        sums = whole.sum(1, dtype=torch.float32)
-        return whole.T, self.factor.T, torch.zeros(()), sums
+        return ready_integer(self.quantized().whole(), self.factor)

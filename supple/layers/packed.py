@@ -55,6 +55,7 @@ __all__ = [
     "PackedMatrix",
     "linear_shape",
     "pack_codes",
+    "ready_integer",
     "unpack_codes",
 ]
 
@@ -65,6 +66,8 @@ _KERNEL_GROUPS = (256, 128, 64, 32)  # sizes that the 4-bit kernel takes
 _KERNEL_ROWS = 16  # outputs must come in so many for PyTorch's kernels
 _AT_ONCE = 2**18  # weights that are put together at a time
 _MOST_TOKENS = {"int4": 128, "int8": 16}  # beyond, taking all codes apart once is faster
+# Without these instructions oneDNN's kernel adds products of bytes in 16 bits, which overflow.
+_HAS_VNNI = torch.backends.mkldnn.enabled and torch.cpu._is_vnni_supported()
 
 # ---------------------------------------------------------------------------------- bits
 
@@ -891,10 +894,45 @@ def _ready_int8(quantized: Quantized) -> tuple[Tensor, ...]:
 
 
 def _ready_integer(quantized: Quantized) -> tuple[Tensor, ...]:
-    """Numbers, transposed; scales and zero points as rows; sums of the numbers."""
-    whole = _whole(quantized)
-    zero = torch.zeros(()) if quantized.zero is None else quantized.zero.T - _shift(quantized)
-    return whole.T, quantized.scale.T, zero, whole.sum(1, dtype=torch.float32)
+    zero = None if quantized.zero is None else quantized.zero - _shift(quantized)
+    return ready_integer(_whole(quantized), quantized.scale, zero)
+
+
+def ready_integer(
+    whole: Tensor, scale: Tensor, zero: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Prepares a matrix for products of whole numbers.
+
+    Args:
+        whole: Its numbers, int8, (rows, columns).
+        scale: (rows, 1) or (1, 1).
+        zero: Zero points, shaped like the scales, or None.
+
+    Returns:
+        The numbers as the product wants them; scales, (1, rows); sums over columns, times the
+        scales; zero points times the scales, or a single 0.
+    """
+    each = scale.T.expand(1, len(whole)).contiguous()
+    ready = whole.T
+    if _HAS_VNNI:
+        # Laid out for two rows of inputs it is fast for any number of them.
+        ready = torch.ops.onednn.qlinear_prepack(whole, [2, whole.shape[1]])
+    scaled = torch.zeros(()) if zero is None else each * zero.T
+    return ready, each, each * whole.sum(1, dtype=torch.float32), scaled
+
+
+def _sums(inputs: Quantized, ready: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
+    """Sums over s v w of whole inputs v and weights w, which have been summed themselves."""
+    if not ready.is_mkldnn:
+        product = torch._int_mm(_whole(inputs), ready).float() * scale
+        return product + _shift(inputs) * sums if _shift(inputs) else product
+    assert isinstance(inputs.spec.format, Int)
+    offset, none = inputs.spec.format.offset, torch.zeros_like(scale[0], dtype=torch.int32)
+    found: Tensor = torch.ops.onednn.qlinear_pointwise(
+        *(inputs.codes, 1.0, offset, ready, scale[0], none, None),
+        *(1.0, 0, torch.float32, "none", [], ""),
+    )
+    return found
 
 
 def _whole(quantized: Quantized) -> Tensor:
@@ -924,16 +962,17 @@ def _int8_product(layer: PackedLinear, x: Tensor) -> Tensor:
 
 def _integer_product(layer: PackedLinear, x: Tensor) -> Tensor:
     """The sum of s (v - z) t (w - y) over inputs v and weights w, with whole v and w."""
-    whole, scale, zero, sums = layer._ready("integer")
+    ready, scale, sums, zero = layer._ready("integer")
     assert layer.input is not None
     seen = quantize(x, layer.input, *layer._input_range(x))
-    inputs = _whole(seen)
-    product = torch._int_mm(inputs, whole).float()
+    product = _sums(seen, ready, scale, sums)
     if seen.zero is not None:
-        product = product - (seen.zero - _shift(seen)) * (sums - len(whole) * zero)
+        product = product - seen.zero * (sums - layer.in_features * zero)
     if zero.dim():
-        product = product - inputs.sum(1, keepdim=True, dtype=torch.float32) * zero
-    return product * seen.scale * scale
+        assert isinstance(seen.spec.format, Int)
+        total = seen.codes.sum(1, keepdim=True, dtype=torch.float32)
+        product = product - (total - layer.in_features * seen.spec.format.offset) * zero
+    return product * seen.scale
 
 
 def _triton_product(layer: PackedLinear, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 import supple
 from supple.deploy.export import export
 from supple.errors import SettingError, UnsupportedModelError
-from supple.formats import QuantSpec, fake_quantize, quantize
+from supple.formats import Quantized, QuantSpec, fake_quantize, quantize
+from supple.layers import packed as packed_layers
 from supple.layers.packed import (
     PackedConv2d,
     PackedEmbedding,
@@ -22,6 +23,7 @@ from supple.layers.packed import (
     unpack_codes,
 )
 from supple.rebuild import replace
+from supple.testing.toys import generator
 from supple.weights import as_matrix
 
 SPECS = [
@@ -108,6 +110,33 @@ def test_whole_products_are_those_of_fake_quantized_inputs(spec, input) -> None:
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
     layer.engine = "plain"
     torch.testing.assert_close(layer(x), wanted)
+
+
+SHAPES = [(1, 1, 1), (1, 67, 3), (2, 5, 16), (33, 300, 17), (64, 64, 1)]
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("input", ["int8", "uint8", "int4", "uint3"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_whole_products_are_exact(shape, input, vnni, monkeypatch) -> None:
+    if vnni and not packed_layers._HAS_VNNI:
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr(packed_layers, "_HAS_VNNI", vnni)
+    tokens, columns, rows = shape
+    spec = QuantSpec(input, "token", symmetric=input.startswith("i"))
+    weight, seen = (
+        torch.randint(0, 2**one.bits, size, dtype=torch.uint8, generator=generator())
+        for one, size in ((QuantSpec("int8"), (rows, columns)), (spec, (tokens, columns)))
+    )
+    weight[0], seen[0] = 0, 0  # the largest sums
+    held, given = (
+        Quantized(codes, torch.ones(len(codes), 1), None, of, codes.shape)
+        for codes, of in ((weight, QuantSpec("int8")), (seen, spec))
+    )
+    ready, *scaled, _ = packed_layers._ready_integer(held)
+    assert ready.is_mkldnn == vnni
+    wanted = spec.format.decode(seen).double() @ (weight.double() - 128).T
+    torch.testing.assert_close(packed_layers._sums(given, ready, *scaled).double(), wanted)
 
 
 def test_inputs_may_have_one_range_that_is_held() -> None:
