@@ -41,6 +41,7 @@ __all__ = [
     "block_by_block",
     "blocks_of",
     "gradients",
+    "grouped",
     "in_order",
     "inputs",
     "outputs",
@@ -737,6 +738,32 @@ def block_by_block(
         for index in range(len(walk.paths)):
             yield BlockPass(walk, index)
             walk.advance(index)
+
+
+def grouped(model: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
+    """Yields names of weights by block, and those outside blocks last.
+
+    Args:
+        model: The network.
+        names: The names.
+
+    Yields:
+        Names, at least one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 3)), nn.ReLU())
+        >>> list(grouped(model, ["0.weight", "1.0.weight"]))
+        [['0.weight'], ['1.0.weight']]
+    """
+    left = dict.fromkeys(names)
+    for path in blocks_of(model):
+        part = [name for name in left if name.startswith(f"{path}.")]
+        if part:
+            yield part
+        for name in part:
+            del left[name]
+    if left:
+        yield list(left)
 
 
 def in_order(

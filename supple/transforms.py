@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import nn
@@ -168,13 +169,22 @@ def check_finite(model: nn.Module) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a model into evaluation mode for a while; each module then gets its own mode back.
 
+    What has taken a module's place meanwhile gets the mode of that one. Modules that have gone
+    are not held.
+
     Args:
         model: The model.
     """
-    training = [module for module in model.modules() if module.training]
+    training = {path: ref(one) for path, one in model.named_modules() if one.training}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for path, module in list(model.named_modules()):
+            if path not in training:
+                continue
+            stayed = training[path]() is module
+            if stayed:
+                module.training = True
+            else:
+                module.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -96,3 +97,16 @@ def test_each_module_gets_its_own_mode_back() -> None:
         assert not model[0].training
         assert not model[1].training
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+def test_what_takes_a_place_gets_the_mode_that_was_there() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Dropout(), nn.Dropout())
+    model[1].eval()
+    gone, kept = weakref.ref(model[0]), model[2]
+    with evaluating(model):
+        model[0] = nn.Sequential(nn.Dropout()).eval()
+        model[1] = nn.Sequential(nn.Dropout()).eval()
+        model[2] = nn.Sequential(kept).eval()
+        assert gone() is None
+    assert [one.training for one in model] == [True, False, True]
+    assert (model[0][0].training, kept.training) == (True, True)

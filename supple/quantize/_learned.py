@@ -188,11 +188,10 @@ class LearnedRounding(Quantizer):
         return AdditiveRounding(matrix, spec, *spec.scales(matrix, RANGES[self.observer]))
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> Mapping[str, Solved]:
-        """Quantizes the weights of a model, which then holds the rounded ones."""
-        found: dict[str, Solved] = {}
+    def by_block(self, model: nn.Module, given: Given) -> Iterator[Mapping[str, Solved]]:
+        """Learns how the weights of one block after the other are rounded."""
         if not self.rounds_weights:
-            return found
+            return
         for part in _parts(model, given.batches, self.layers, bool(self.steps)):
             roundings = {
                 name: self.rounding(name, layer, _matrix(layer))
@@ -200,10 +199,11 @@ class LearnedRounding(Quantizer):
             }
             if self.steps:
                 self._learn(part, roundings, given.random)
+            found: dict[str, Solved] = {}
             for name, layer in part.layers.items():
                 found[name] = roundings[name].result()
                 layer.weight.copy_(from_matrix(layer, found[name].dequantize()))  # type: ignore[operator]
-        return found
+            yield found
 
     def _learn(
         self, part: _Part, roundings: dict[str, Rounding], source: torch.Generator

@@ -78,7 +78,7 @@ class Scaling(Quantizer):
         if not self.rounds:
             return model
         model, inner = self.prepared(model, given)
-        return inner.install(model, inner.quantized(model, given), given)
+        return inner.replaced(model, given)
 
     @torch.no_grad()
     def prepared(self, model: nn.Module, given: Given) -> tuple[nn.Module, Scaling]:

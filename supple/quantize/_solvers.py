@@ -84,7 +84,9 @@ def sweep(
     places = _places(hessian, order)
     moved = isinstance(order, Tensor) or order != "none"
     hessian = hessian.reshape(-1, columns, columns)
-    upper = inverse_factor(hessian[:, places][:, :, places], damp).float()
+    if moved:
+        hessian = hessian[:, places][:, :, places]
+    upper = inverse_factor(hessian, damp).float()
     flat = matrix.float()[:, places]  # a copy
     work = flat.view(len(upper), -1, columns)
     if begin is not None and moved:
@@ -237,13 +239,17 @@ def inverse_factor(hessian: Tensor, damp: float = 0.01) -> Tensor:
     mean = (diagonal * heard).sum(-1, keepdim=True) / heard.sum(-1, keepdim=True).clamp_min(1)
     diagonal.copy_(torch.where(heard, diagonal, torch.where(mean > 0, mean, 1.0)))
     diagonal += damp * diagonal.mean(-1, keepdim=True)
+    finite = bool(damped.isfinite().all())
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed.any()) or not bool(damped.isfinite().all()):
+    del damped, diagonal  # a wide layer's Hessian is larger than its block's weights
+    if bool(failed.any()) or not finite:
         raise SettingError(
             "the Hessian of a layer's inputs must be finite and, damped, positive definite; "
             f"give more calibration data, or a damp above {damp}"
         )
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True)
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from supple.quantize.base import MOST_BITS
 from supple.technique import register
 from supple.training.batches import mapped
 from supple.transforms import Given
-from supple.weights import matrices
 
 __all__ = ["AWQ", "drawn_in"]
 
@@ -179,30 +178,30 @@ class AWQ(Scaling):
     # -- ranges
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> dict[str, Quantized]:
-        """Rounds the weights of a model within drawn-in ranges; it then holds the rounded ones.
+    def by_block(self, model: nn.Module, given: Given) -> Iterator[Mapping[str, Quantized]]:
+        """Rounds the weights of one block after the other within drawn-in ranges.
 
         Args:
             model: The model; it is changed. Its channels are scaled already.
             given: Calibration batches, loss, generator.
 
-        Returns:
+        Yields:
             Name of a weight to its matrix, quantized; nothing at 16 bits.
         """
-        found: dict[str, Quantized] = {}
         if not self.rounds_weights:
-            return found
+            return
         whole = compared(model, *given.inputs())
-        layers = matrices(model, self.layers)
         for seen in in_order(model, given.batches, ("gram",), self.layers):
-            for name, one in seen.items():
-                matrix = matrix_of(layers[name])
+            found: dict[str, Quantized] = {}
+            for name in list(seen):
+                one, layer = seen.pop(name), model.get_submodule(name.rpartition(".")[0])
+                matrix = matrix_of(layer)
                 spec = self.spec_of(name, matrix)
                 clip = 0.0 if name in whole else self.clip
                 least, most = drawn_in(matrix, one.gram, spec, clip, self.candidates)
                 found[name] = quantize(matrix, spec, *spec.scales_of(least, most))
-                put(layers[name], found[name].dequantize())
-        return found
+                put(layer, found[name].dequantize())
+            yield found
 
 
 def drawn_in(

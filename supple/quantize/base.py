@@ -12,7 +12,7 @@ Published quantizers that others are measured against have names instead of clas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from supple.calibrate import LayerStatistics, Observer, in_order
+from supple.calibrate import LayerStatistics, Observer, grouped, in_order
 from supple.errors import SettingError, nearest
 from supple.formats import (
     Int,
@@ -207,14 +207,38 @@ class Quantizer(ModelTransform):
         """Quantizes the weights, then puts the result into the model."""
         turned = self.rotations(model, given)
         if not turned:
-            return self.install(model, self.quantized(model, given), given)
+            return self.replaced(model, given)
         names = [inner(one) if one in turned else one for one in matrices(model, self.layers)]
         layers = ", ".join(name.rpartition(".")[0] for name in names)
         within = dataclasses.replace(self, layers=layers)
-        model = rotated(model, turned)
-        return within.install(model, within.quantized(model, given), given)
+        return within.replaced(rotated(model, turned), given)
 
     @torch.no_grad()
+    def replaced(self, model: nn.Module, given: Given) -> nn.Module:
+        """Quantizes a model block by block, and puts layers that hold codes in their places.
+
+        A block's layers are replaced once the next block's weights are quantized: what they
+        give has been kept by then. So no more than two blocks are there twice, as weights and
+        as codes, unless `inputs` has to wait for all weights.
+
+        Args:
+            model: The model; it is changed.
+            given: Calibration batches, loss, generator.
+
+        Returns:
+            The model.
+        """
+        if self.inputs_wait:
+            return self.install(model, self.quantized(model, given), given)
+        inputs, left = self.inputs(model, given), dict.fromkeys(matrices(model, self.layers))
+        last: Mapping[str, Solved] = {}
+        for found in self.by_block(model, given):
+            model = self._put(model, last, last, inputs)
+            last = found
+            for name in found:
+                del left[name]
+        return self._put(model, [*last, *left], last, inputs)
+
     def quantized(self, model: nn.Module, given: Given) -> Mapping[str, Solved]:
         """Quantizes the weights of a model, which then holds the rounded ones.
 
@@ -226,22 +250,42 @@ class Quantizer(ModelTransform):
             Name of a weight to its matrix, quantized; nothing at 16 bits.
         """
         found: dict[str, Solved] = {}
-        if self.rounds_weights:
-            layers = matrices(model, self.layers)
-            for seen in self._statistics(model, layers, given):
-                for name, one in seen.items():
-                    found[name] = self._rounded(name, layers[name], one)
+        for part in self.by_block(model, given):
+            found |= part
         return found
 
-    def _statistics(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], given: Given
-    ) -> Iterator[Mapping[str, LayerStatistics | None]]:
-        if not self.want:
-            yield dict.fromkeys(layers)
+    @torch.no_grad()
+    def by_block(self, model: nn.Module, given: Given) -> Iterator[Mapping[str, Solved]]:
+        """Quantizes the weights of one block after the other; each then holds the rounded ones.
+
+        Args:
+            model: The model; it is changed. A block's layers may be replaced by others once
+                the block after it has come.
+            given: Calibration batches, loss, generator.
+
+        Yields:
+            Name of a weight to its matrix, quantized; nothing at 16 bits.
+        """
+        if not self.rounds_weights:
             return
-        yield from in_order(
-            model, given.batches, self.want, self.layers, observers=self.observers()
-        )
+        for seen in self._statistics(model, given):
+            found: dict[str, Solved] = {}
+            for name in list(seen):
+                layer = model.get_submodule(name.rpartition(".")[0])
+                # What is known of a layer may be larger than it: it goes when that is done.
+                found[name] = self._rounded(name, layer, seen.pop(name))
+            yield found
+
+    def _statistics(
+        self, model: nn.Module, given: Given
+    ) -> Iterator[dict[str, LayerStatistics | None]]:
+        if self.want:
+            found = in_order(
+                model, given.batches, self.want, self.layers, observers=self.observers()
+            )
+            yield from map(dict[str, LayerStatistics | None], found)
+        else:
+            yield from map(dict.fromkeys, grouped(model, list(matrices(model, self.layers))))
 
     def _rounded(self, name: str, module: nn.Module, seen: LayerStatistics | None) -> Solved:
         weight = module.weight
@@ -251,11 +295,16 @@ class Quantizer(ModelTransform):
         weight.copy_(from_matrix(module, solved.dequantize()))
         return solved
 
+    @property
+    def inputs_wait(self) -> bool:
+        """Whether `inputs` looks at a model all of whose weights are rounded."""
+        return False
+
     def inputs(self, model: nn.Module, given: Given) -> dict[str, Input]:
         """Says how the inputs of layers are rounded: by default as `activations` says.
 
         Args:
-            model: The model, with rounded weights.
+            model: The model, with rounded weights where `inputs_wait`.
             given: Calibration batches, loss, generator.
 
         Returns:
@@ -296,15 +345,25 @@ class Quantizer(ModelTransform):
         Returns:
             The model.
         """
-        inputs, made = self.inputs(model, given), dict[str, nn.Module]()
-        for name, module in matrices(model, self.layers).items():
-            layer, rounding = None, inputs.get(name)
+        return self._put(model, matrices(model, self.layers), found, self.inputs(model, given))
+
+    def _put(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        found: Mapping[str, Solved],
+        inputs: Mapping[str, Input],
+    ) -> nn.Module:
+        made: dict[str, nn.Module] = {}
+        for name in names:
+            path, layer, rounding = name.rpartition(".")[0], None, inputs.get(name)
+            module = model.get_submodule(path)
             if self.packed and name in found:
                 layer = self.pack(module, found[name], rounding)
             if layer is None:
                 layer = module if rounding is None else rounded_input(module, rounding)
             if layer is not module:
-                made[name.rpartition(".")[0]] = layer.train(module.training)
+                made[path] = layer.train(module.training)
         return replace(model, made) if made else model
 
 

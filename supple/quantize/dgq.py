@@ -193,6 +193,11 @@ class DGQ(Quantizer):
             zeros.append(found[:, 1:])
         return torch.cat(scales, 1), torch.cat(zeros, 1)
 
+    @property
+    def inputs_wait(self) -> bool:
+        """With one scale for all inputs, as ranges are those of the rounded network."""
+        return self.granularity != "token"
+
     def inputs(self, model: nn.Module, given: Given) -> dict[str, Input]:
         """Gives how inputs are rounded: by token, or with the range of calibration data."""
         if self.granularity == "token":

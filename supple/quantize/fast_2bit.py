@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -17,7 +16,6 @@ from supple.formats import Int, QuantSpec, quantize
 from supple.layers.aligned_packed import AlignedPackedLinear, AlignedQuantized, align
 from supple.quantize.base import MOST_BITS, Input, Quantizer, Solved, rounded_input
 from supple.technique import register
-from supple.transforms import Given
 
 __all__ = ["Fast2Bit"]
 
@@ -78,7 +76,6 @@ class Fast2Bit(Quantizer):
     """
 
     distinguishing: ClassVar[str] = "solve"
-    want: ClassVar[tuple[str, ...]] = ("input_sq",)
 
     bits: int = 2
     more_bits: int = 4
@@ -126,6 +123,11 @@ class Fast2Bit(Quantizer):
                 parameter.normal_(generator=source)
         return model, (torch.randn(7, 13, generator=source),)
 
+    @property
+    def want(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Squares of inputs, where groups are chosen by them."""
+        return ("input_sq",) if self.score == "sensitivity" else ()
+
     def solve(self, matrix: Tensor, spec: QuantSpec, seen: LayerStatistics | None) -> Solved:
         """Rounds a matrix with more bits for the groups of each row that score highest."""
         columns = matrix.shape[1]
@@ -154,14 +156,6 @@ class Fast2Bit(Quantizer):
             return None
         layer = AlignedPackedLinear.from_quantized(module, solved)
         return layer if given is None else rounded_input(layer, given)
-
-    def _statistics(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], given: Given
-    ) -> Iterator[Mapping[str, LayerStatistics | None]]:
-        if self.score == "range":
-            yield dict.fromkeys(layers)
-            return
-        yield from super()._statistics(model, layers, given)
 
     def _count(self, columns: int) -> int:
         """Groups of each row that have more bits; 0 where there is nothing to choose from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -145,6 +145,11 @@ class HessianInterlayer(Quantizer):
         """Whether inputs are rounded with one scale for all of them."""
         return self.rounds_inputs and self.granularity == "tensor"
 
+    @property
+    def inputs_wait(self) -> bool:
+        """With one scale for all inputs, as ranges are those of the rounded network."""
+        return self.has_fixed_inputs
+
     @torch.no_grad()
     def change(self, model: nn.Module, given: Given) -> nn.Module:
         """Folds norms where engines want it, and quantizes."""
@@ -161,14 +166,14 @@ class HessianInterlayer(Quantizer):
         return fixed_ranges(model, given, spec, self.layers)
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> dict[str, Quantized]:
-        """Rounds the weights of a model to the bits that their layers get.
+    def by_block(self, model: nn.Module, given: Given) -> Iterator[Mapping[str, Quantized]]:
+        """Rounds the weights of a model to the bits that their layers get, all at once.
 
         Args:
             model: The model; it is changed.
             given: Calibration batches, loss, generator.
 
-        Returns:
+        Yields:
             Name of a weight to its matrix, quantized; those of 16 bits are not there.
         """
         found: dict[str, Quantized] = {}
@@ -178,7 +183,7 @@ class HessianInterlayer(Quantizer):
             if few < MOST_BITS:
                 found[name], rounded = self._as_rounded(layers[name], few)
                 model.get_parameter(name).copy_(rounded)
-        return found
+        yield found
 
     @torch.no_grad()
     def allocate(self, model: nn.Module, given: Given) -> dict[str, int]:

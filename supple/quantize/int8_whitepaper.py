@@ -137,6 +137,11 @@ class Int8Whitepaper(Quantizer):
             return model
         return super().change(fold_norms(model, *given.inputs()), given)
 
+    @property
+    def inputs_wait(self) -> bool:
+        """Always: ranges are those of the rounded network."""
+        return True
+
     def inputs(self, model: nn.Module, given: Given) -> dict[str, Input]:
         """Gives the ranges that calibration data has, by layer."""
         if self.activations is None or not self.rounds_inputs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from supple.calibrate import grouped
 from supple.errors import SettingError
 from supple.formats import Quantized
 from supple.layers.marlin import MarlinLinear, suited
@@ -93,21 +95,21 @@ class Marlin(Quantizer):
         return model, (torch.randn(5, 128, generator=generator),)
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> dict[str, Solved]:
+    def by_block(self, model: nn.Module, given: Given) -> Iterator[Mapping[str, Solved]]:
         """Quantizes the weights that the layout can hold.
 
         Args:
             model: The model; it is changed.
             given: Calibration batches, loss, generator.
 
-        Returns:
+        Yields:
             Name of a weight to its matrix, quantized; nothing at 16 bits.
 
         Raises:
             SettingError: No layer has such a weight.
         """
         if not self.rounds_weights:
-            return {}
+            return
         layers = {
             name: layer
             for name, layer in matrices(model, self.layers).items()
@@ -118,7 +120,8 @@ class Marlin(Quantizer):
                 "no linear layer has inputs in multiples of 128 and outputs of 256, which "
                 "Marlin's layout needs; another quantizer holds any sizes"
             )
-        return {name: self._rounded(name, layer, None) for name, layer in layers.items()}
+        for names in grouped(model, layers):
+            yield {name: self._rounded(name, layers.pop(name), None) for name in names}
 
     def pack(self, module: nn.Module, solved: Solved, given: Input | None) -> nn.Module:
         """Makes the layer whose codes lie in Marlin's order.

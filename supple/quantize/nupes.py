@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -155,23 +155,29 @@ class NUPES(LearnedRounding):
         return PowerRounding(matrix, self.spec_of(name, matrix), self.rate)
 
     @torch.no_grad()
-    def quantized(self, model: nn.Module, given: Given) -> Mapping[str, Solved]:
+    def by_block(self, model: nn.Module, given: Given) -> Iterator[Mapping[str, Solved]]:
         """Searches for the exponent, then learns."""
         if not self.rounds_weights:
-            return {}
+            return
         if self.steps and not given.batches:
             raise SettingError(
                 "NUPES learns from data: pass calibration=, or set steps=0 to search for the "
                 "exponent alone"
             )
         if self.exponent is not None or self.scope == "layer":
-            return super().quantized(model, given)
+            yield from super().by_block(model, given)
+            return
         weights = [
             as_matrix(layer, layer.weight.detach()).float()  # type: ignore[operator]
             for layer in matrices(model, self.layers).values()
         ]
         found = dataclasses.replace(self, exponent=search(weights, self.bits))
-        return found.quantized(model, given)
+        yield from found.by_block(model, given)
+
+    @property
+    def inputs_wait(self) -> bool:
+        """Always: inputs have the exponent of the layer's weight."""
+        return True
 
     def install(self, model: nn.Module, found: Mapping[str, Solved], given: Given) -> nn.Module:
         """Puts layers in their places whose inputs are powers like their weights."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -170,3 +173,29 @@ def test_settings_that_can_not_be_used_say_so() -> None:
             Weights(**settings)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="no baseline 'nf5', did you mean 'nf4'"):
         baseline("nf5")
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "hqq"])
+@pytest.mark.parametrize("activations", [None, 8])
+def test_no_more_than_two_blocks_are_held_twice(name, activations, monkeypatch) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(5)))
+    method = baseline(name, activations=activations)
+    weights = [weakref.ref(block[0].weight) for block in model]
+    left, by_block = [], Weights.by_block
+
+    def watching(self, model, given):
+        for part in by_block(self, model, given):
+            yield part
+            gc.collect()
+            left.append(sum(one() is not None for one in weights))
+
+    whole, given = copy.deepcopy(model), Given(((normal(70, 64),),))
+    whole = method.install(whole, method.quantized(whole, given), given)
+    monkeypatch.setattr(Weights, "by_block", watching)
+    small = method.apply(model, calibration=given.batches, inplace=True)
+    assert small is model
+    assert left == [5, 4, 3, 2, 1]
+    for one, other in zip(small, whole, strict=True):
+        assert torch.equal(one[0].codes, other[0].codes)
+    x = normal(3, 64)
+    torch.testing.assert_close(small(x), whole(x))
