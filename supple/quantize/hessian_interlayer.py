@@ -91,7 +91,7 @@ class HessianInterlayer(Quantizer):
         a full table of losses allows; few evaluations.
     """
 
-    distinguishing: ClassVar[str] = "quantized"
+    distinguishing: ClassVar[str] = "by_block"
     needs: ClassVar[tuple[str, ...]] = ("calibration", "loss")
 
     levels: tuple[int, ...] = (16, 8, 4)
