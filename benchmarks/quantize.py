@@ -151,6 +151,9 @@ def picture(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> F
         axes.plot(bits, values, "os^Dv"[i // 10] + "-", label=arm, ms=4, lw=1.3)
     if perplexity:
         axes.set_yscale("log")
+        # Lines of what breaks down leave the picture: else no others could be told apart.
+        least = min(value for line in lines.values() for _, value in line)
+        axes.set_ylim(0.98 * least, 1.8 * least)
         for of_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             of_ticks(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_xlabel("bits of a weight, everything counted")
